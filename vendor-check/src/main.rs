@@ -1,0 +1,2 @@
+//! Wrenn.
+fn main() {}
