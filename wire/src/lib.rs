@@ -1,1 +1,19 @@
-//! Wrenn.
+//! The Wrenn wire protocol and the codecs around it.
+//!
+//! Everything here but `reactor` is sans-I/O: bytes and time in, bytes and events out. `PROTOCOL.md`
+//! beside this crate is normative; the code follows it.
+//!
+//! | module | what it is |
+//! | --- | --- |
+//! | [`codec`] | primitive encodings |
+//! | [`frame`] | the frame header and frame types |
+//! | [`message`] | every message |
+//! | [`auth`] | SCRAM-SHA-256 and the keys that follow from it |
+//! | [`session`] | one connection: handshake, streams, credit, keep-alive |
+
+pub mod auth;
+pub mod base64;
+pub mod codec;
+pub mod frame;
+pub mod message;
+pub mod session;

@@ -1,0 +1,82 @@
+//! One stream's two halves: what may still be sent, what may still come.
+
+use crate::frame::{FRAME_CHARGE, FrameType};
+use std::collections::VecDeque;
+
+/// A message that waits for credit or for room in the output.
+#[derive(Debug)]
+pub(super) struct Queued {
+    pub frame_type: FrameType,
+    pub payload: Vec<u8>,
+    pub fin: bool,
+}
+
+/// Whether the application wants to be told that it can send data again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Want {
+    /// It does not wait.
+    Nothing,
+    /// It waits until the peer gives the stream credit.
+    Credit,
+    /// It waits in the session's line for room and connection credit.
+    InLine,
+}
+
+/// Both halves of a stream.
+#[derive(Debug)]
+pub(super) struct Stream {
+    /// Bytes (frame charges included) that the peer still takes on this stream.
+    pub send_credit: u64,
+    /// Messages not yet sent, oldest first.
+    pub queue: VecDeque<Queued>,
+    /// Payload bytes in `queue`.
+    pub queued_bytes: usize,
+    /// The application has ended its half.
+    pub finishing: bool,
+    /// The frame with FIN is sent.
+    pub fin_sent: bool,
+    /// The peer has ended its half.
+    pub fin_received: bool,
+    /// Whether the application waits to send.
+    pub want: Want,
+    /// Bytes (frame charges included) that the peer may still send.
+    pub recv_left: u64,
+    /// Bytes dealt with here and not yet given back as credit.
+    pub unreturned: u64,
+}
+
+impl Stream {
+    pub fn new(send_window: u32, recv_window: u32) -> Stream {
+        Stream {
+            send_credit: u64::from(send_window),
+            queue: VecDeque::new(),
+            queued_bytes: 0,
+            finishing: false,
+            fin_sent: false,
+            fin_received: false,
+            want: Want::Nothing,
+            recv_left: u64::from(recv_window),
+            unreturned: 0,
+        }
+    }
+
+    /// Both halves have ended.
+    pub fn is_done(&self) -> bool {
+        self.fin_sent && self.fin_received
+    }
+
+    /// Whether the stream's `OPEN` has not been sent yet.
+    pub fn is_unopened(&self) -> bool {
+        self.queue.front().is_some_and(|q| q.frame_type == FrameType::Open)
+    }
+}
+
+/// What a frame with this payload costs its sender in credit.
+pub(super) fn charge(payload_len: usize, frame_type: FrameType) -> u64 {
+    if payload_len == 0 && frame_type == FrameType::Data {
+        // The bare end of a half is free, so that a stream can always be ended.
+        0
+    } else {
+        payload_len as u64 + u64::from(FRAME_CHARGE)
+    }
+}
