@@ -795,8 +795,7 @@ impl Session {
             if self.pending_output() >= OUTPUT_SOFT_LIMIT + OUTPUT_RESERVE {
                 return;
             }
-            loop {
-                let Some(s) = self.streams.get_mut(&id) else { break };
+            while let Some(s) = self.streams.get_mut(&id) {
                 let Some(front) = s.queue.front() else { break };
                 let is_open = front.frame_type == FrameType::Open;
                 let cost = charge(front.payload.len(), front.frame_type);
