@@ -1,0 +1,75 @@
+//! What the machine has, before and after: everything that a capsule or a stack could leave behind.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+/// Programs whose processes count.
+const PROGRAMS: [&str; 5] = ["qemu-system", "wrenn-cp", "wrenn-agent", "envd", "postgres"];
+
+/// One thing of the machine: its kind and its name.
+pub type Thing = (&'static str, String);
+
+/// Takes stock of the machine.
+pub fn take_stock() -> BTreeSet<Thing> {
+    let mut stock = BTreeSet::new();
+    let mut add = |kind: &'static str, names: Vec<String>| stock.extend(names.into_iter().map(|n| (kind, n)));
+    add("process", processes());
+    add("network namespace", names_in("/run/netns"));
+    add("network link", names_in("/sys/class/net"));
+    add("loop device", names_in("/sys/block").into_iter().filter(|n| in_use(n)).collect());
+    add("device-mapper device", names_in("/dev/mapper"));
+    add("nftables table", lines(Command::new("nft").args(["list", "tables"])));
+    add("route", lines(Command::new("ip").args(["route", "show", "table", "all"])));
+    add("control group", control_groups());
+    add("mount", mounts());
+    for directory in ["/tmp", "/var/tmp", "/run", "/var/lib"] {
+        let ours = names_in(directory).into_iter().filter(|n| n.contains("wrenn"));
+        add("file", ours.map(|n| format!("{directory}/{n}")).collect());
+    }
+    stock
+}
+
+fn names_in(directory: &str) -> Vec<String> {
+    fs::read_dir(directory)
+        .into_iter()
+        .flatten()
+        .filter_map(|e| Some(e.ok()?.file_name().to_string_lossy().into_owned()))
+        .collect()
+}
+
+fn processes() -> Vec<String> {
+    names_in("/proc")
+        .into_iter()
+        .filter(|n| n.bytes().all(|b| b.is_ascii_digit()))
+        .filter_map(|pid| {
+            let exe = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
+            let name = exe.file_name()?.to_string_lossy().into_owned();
+            PROGRAMS.iter().any(|p| name.starts_with(p)).then(|| format!("{name} ({pid})"))
+        })
+        .collect()
+}
+
+fn in_use(device: &str) -> bool {
+    Path::new("/sys/block").join(device).join("loop/backing_file").exists()
+}
+
+fn control_groups() -> Vec<String> {
+    names_in("/sys/fs/cgroup").into_iter().filter(|n| n.contains("wrenn")).collect()
+}
+
+fn mounts() -> Vec<String> {
+    fs::read_to_string("/proc/self/mounts")
+        .unwrap_or_default()
+        .lines()
+        .map(|l| l.split(' ').take(2).collect::<Vec<_>>().join(" on "))
+        .collect()
+}
+
+fn lines(command: &mut Command) -> Vec<String> {
+    match command.output() {
+        Ok(output) => String::from_utf8_lossy(&output.stdout).lines().map(str::to_string).collect(),
+        Err(_) => Vec::new(),
+    }
+}

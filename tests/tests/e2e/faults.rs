@@ -1,0 +1,184 @@
+//! Parts that fail: no guest, no agent, no database, a killed agent.
+
+use crate::{Context, Outcome, Test, ensure};
+use serde_json::json;
+use std::time::Duration;
+use wrenn_tests::leftovers::take_stock;
+use wrenn_tests::process::wait_until;
+use wrenn_tests::{Context as _, Result};
+
+pub const TESTS: &[Test] = &[
+    ("a_guest_that_never_comes_up_is_undone", a_guest_that_never_comes_up_is_undone),
+    ("a_vmm_that_dies_is_noticed", a_vmm_that_dies_is_noticed),
+    (
+        "without_a_database_requests_are_refused_until_it_is_back",
+        without_a_database_requests_are_refused_until_it_is_back,
+    ),
+    ("without_an_agent_requests_are_refused", without_an_agent_requests_are_refused),
+    ("a_killed_agent_cleans_up_at_its_next_start", a_killed_agent_cleans_up_at_its_next_start),
+    (
+        "the_control_plane_restarts_without_losing_capsules",
+        the_control_plane_restarts_without_losing_capsules,
+    ),
+    ("a_clean_stop_takes_the_capsules_along", a_clean_stop_takes_the_capsules_along),
+];
+
+const RECOVERY: Duration = Duration::from_secs(60);
+
+fn a_guest_that_never_comes_up_is_undone(context: &mut Context) -> Result<Outcome> {
+    // A disk image without a system on it: the guest's init finds nothing to start.
+    let images = context.stack.data().join("images/hollow");
+    std::fs::create_dir_all(&images).context(images.display())?;
+    let file = std::fs::File::create(images.join("rootfs.ext4")).context("make an image")?;
+    file.set_len(64 << 20).context("make an image")?;
+    let before = take_stock();
+    let answer =
+        context.stack.client().post("/v1/capsules", &json!({"template": "hollow", "memory_mb": 256}))?;
+    let failed = if answer.status == 201 {
+        let path = format!("/v1/capsules/{}", answer.json()["id"].as_str().unwrap_or_default());
+        wait_until("the create to fail", Duration::from_secs(120), || {
+            context.stack.client().get(&path).is_ok_and(|a| a.status == 404 || a.json()["status"] == "error")
+        })
+    } else {
+        ensure!(
+            answer.status >= 500 && !answer.error_message().is_empty(),
+            "{} {}",
+            answer.status,
+            answer.json()
+        );
+        Ok(())
+    };
+    let _ = std::fs::remove_dir_all(&images);
+    failed?;
+    let left: Vec<_> = take_stock().difference(&before).cloned().collect();
+    ensure!(left.is_empty(), "left behind: {left:?}");
+    Ok(Outcome::Passed)
+}
+
+fn qemu_of(context: &Context, id: &str) -> Result<i32> {
+    let _ = id;
+    let (_, agent) = context.stack.pids();
+    let agent = agent.ok_or("no agent runs")?;
+    for entry in std::fs::read_dir("/proc").context("/proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else { continue };
+        let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let parent = stat.rsplit(')').next().and_then(|s| s.split_whitespace().nth(1)).unwrap_or_default();
+        if exe.to_string_lossy().contains("qemu-system") && parent == agent.pid.to_string() {
+            return Ok(pid);
+        }
+    }
+    Err("the agent has no QEMU".into())
+}
+
+fn a_vmm_that_dies_is_noticed(context: &mut Context) -> Result<Outcome> {
+    if let Some(shared) = context.shared_capsule.take() {
+        context.destroy(&shared)?;
+    }
+    let before = take_stock();
+    let id = context.create(&json!({"memory_mb": 256}))?;
+    let pid = qemu_of(context, &id)?;
+    // SAFETY: kill(2) takes two numbers; the process is the agent's child, found above.
+    unsafe { libc::kill(pid, libc::SIGKILL) };
+    let path = format!("/v1/capsules/{id}");
+    let client = context.stack.client();
+    wait_until("the capsule's death to be known", RECOVERY, || {
+        client.get(&path).is_ok_and(|a| a.status == 404 || a.json()["status"] != "running")
+    })?;
+    let answer = context.exec(&id, &json!({"cmd": "/bin/true"}))?;
+    ensure!(answer.status == 404 || answer.status == 409, "exec: {} {}", answer.status, answer.json());
+    client.delete(&path)?;
+    let mut left = Vec::new();
+    let _ = wait_until("the remains to go", RECOVERY, || {
+        left = take_stock().difference(&before).cloned().collect();
+        left.is_empty()
+    });
+    ensure!(left.is_empty(), "left behind: {left:?}");
+    Ok(Outcome::Passed)
+}
+
+fn without_a_database_requests_are_refused_until_it_is_back(context: &mut Context) -> Result<Outcome> {
+    let client = context.stack.client();
+    context.stack.postgres.stop()?;
+    for path in ["/v1/capsules", "/health"] {
+        let answer = client.get(path)?;
+        ensure!(
+            answer.status == 503 && !answer.error_message().is_empty(),
+            "{path}: {} {}",
+            answer.status,
+            answer.json()
+        );
+    }
+    context.stack.postgres.launch()?;
+    wait_until("the control plane to find its database again", RECOVERY, || {
+        client.get("/v1/capsules").is_ok_and(|a| a.status == 200)
+    })?;
+    Ok(Outcome::Passed)
+}
+
+fn without_an_agent_requests_are_refused(context: &mut Context) -> Result<Outcome> {
+    context.stack.stop_agent(libc::SIGTERM)?;
+    let client = context.stack.client();
+    let answer = client.post("/v1/capsules", &json!({"memory_mb": 256}))?;
+    ensure!(
+        answer.status == 503
+            && answer.error_code() == "host_unavailable"
+            && !answer.error_message().is_empty(),
+        "{} {}",
+        answer.status,
+        answer.json()
+    );
+    context.stack.start_agent()?;
+    wait_until("the agent's return", RECOVERY, || {
+        context.create(&json!({"memory_mb": 256})).is_ok_and(|id| context.destroy(&id).is_ok())
+    })?;
+    Ok(Outcome::Passed)
+}
+
+fn a_killed_agent_cleans_up_at_its_next_start(context: &mut Context) -> Result<Outcome> {
+    let before: std::collections::BTreeSet<_> =
+        take_stock().into_iter().filter(|(_, name)| !name.starts_with("wrenn-agent")).collect();
+    let id = context.create(&json!({"memory_mb": 256}))?;
+    context.stack.stop_agent(libc::SIGKILL)?;
+    context.stack.start_agent()?;
+    let client = context.stack.client();
+    wait_until("the lost capsule to be known", RECOVERY, || {
+        client
+            .get(&format!("/v1/capsules/{id}"))
+            .is_ok_and(|a| a.status == 404 || a.json()["status"] != "running")
+    })?;
+    let mut left = Vec::new();
+    let _ = wait_until("the remains to go", RECOVERY, || {
+        left = take_stock()
+            .difference(&before)
+            .filter(|(_, name)| !name.starts_with("wrenn-agent"))
+            .cloned()
+            .collect();
+        left.is_empty()
+    });
+    ensure!(left.is_empty(), "left behind: {left:?}");
+    let next = context.create(&json!({"memory_mb": 256}))?;
+    context.destroy(&next)?;
+    Ok(Outcome::Passed)
+}
+
+fn the_control_plane_restarts_without_losing_capsules(context: &mut Context) -> Result<Outcome> {
+    let id = context.create(&json!({"memory_mb": 256}))?;
+    context.stack.stop_cp()?;
+    context.stack.start_cp()?;
+    wait_until("exec after the restart", RECOVERY, || {
+        context.shell(&id, "echo back").is_ok_and(|out| out == "back")
+    })?;
+    context.destroy(&id)?;
+    Ok(Outcome::Passed)
+}
+
+fn a_clean_stop_takes_the_capsules_along(context: &mut Context) -> Result<Outcome> {
+    let before: std::collections::BTreeSet<_> = take_stock();
+    context.create(&json!({"memory_mb": 256}))?;
+    context.stack.stop_agent(libc::SIGTERM)?;
+    let left: Vec<_> = take_stock().difference(&before).cloned().collect();
+    ensure!(left.is_empty(), "left behind: {left:?}");
+    context.stack.start_agent()?;
+    Ok(Outcome::Passed)
+}
