@@ -1,0 +1,162 @@
+//! Disks that are a file in the capsule's directory.
+
+use super::qcow2::{self, Overlay};
+use super::{Backend, Disk, DiskError, DiskImage, DiskSpec, Format, MAX_DISK_BYTES, SECTOR_BYTES};
+use crate::sys::reflink;
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+const RAW_NAME: &str = "disk.raw";
+const OVERLAY_NAME: &str = "disk.qcow2";
+/// Only the agent opens a disk by its name; the VMM inherits it open.
+const MODE: u32 = 0o600;
+
+/// A disk that is a file: a reflink copy, or an overlay with an image behind it.
+#[derive(Debug)]
+pub(super) struct FileDisk {
+    path: PathBuf,
+    virtual_bytes: u64,
+    backing: Option<PathBuf>,
+}
+
+impl Disk for FileDisk {
+    fn image(&self) -> DiskImage {
+        let format = if self.backing.is_some() { Format::Qcow2 } else { Format::Raw };
+        DiskImage { path: self.path.clone(), format, backing: self.backing.clone() }
+    }
+
+    fn virtual_bytes(&self) -> u64 {
+        self.virtual_bytes
+    }
+
+    fn allocated_bytes(&self) -> Result<u64, DiskError> {
+        let metadata = fs::metadata(&self.path).map_err(DiskError::system("examining", &self.path))?;
+        // st_blocks counts 512 bytes whatever the filesystem's block is, stat(2).
+        Ok(metadata.blocks() * 512)
+    }
+
+    fn remove(self: Box<Self>) -> Result<(), DiskError> {
+        match fs::remove_file(&self.path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                Err(DiskError::system("removing", &self.path)(e))
+            }
+            _ => sync_parent(&self.path),
+        }
+    }
+}
+
+pub(super) fn probe(images: &Path, capsules: &Path) -> Result<Backend, DiskError> {
+    let to = match nameless(capsules) {
+        Ok(file) => file,
+        // A filesystem without nameless files (overlayfs before 6.1, NFS) has no reflinks for us either.
+        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => return Ok(Backend::Overlay),
+        Err(e) => return Err(DiskError::system("making a temporary file in", capsules)(e)),
+    };
+    // Images may be on a read-only or another filesystem, which an overlay does not mind.
+    let cloned = nameless(images).and_then(|from| {
+        from.write_all_at(&[0; SECTOR_BYTES as usize], 0)?;
+        reflink::clone(&from, &to)
+    });
+    Ok(if cloned.is_ok() { Backend::Reflink } else { Backend::Overlay })
+}
+
+pub(super) fn create(backend: Backend, spec: &DiskSpec<'_>) -> Result<FileDisk, DiskError> {
+    let base = File::open(spec.base).map_err(DiskError::system("opening", spec.base))?;
+    let base_bytes = base.metadata().map_err(DiskError::system("examining", spec.base))?.len();
+    let virtual_bytes = virtual_bytes(spec, base_bytes)?;
+    match backend {
+        Backend::Reflink => {
+            let path = spec.directory.join(RAW_NAME);
+            make(&path, |file| {
+                reflink::clone(&base, file)?;
+                file.set_len(virtual_bytes)
+            })?;
+            Ok(FileDisk { path, virtual_bytes, backing: None })
+        }
+        Backend::Overlay => {
+            let backing =
+                spec.base.canonicalize().map_err(DiskError::system("finding the path of", spec.base))?;
+            let overlay = Overlay { virtual_bytes, backing: backing.as_os_str().as_bytes().to_vec() };
+            let Some(parts) = overlay.encode() else { return Err(DiskError::PathTooLong { path: backing }) };
+            let path = spec.directory.join(OVERLAY_NAME);
+            make(&path, |file| {
+                parts.iter().try_for_each(|(offset, bytes)| file.write_all_at(bytes, *offset))?;
+                file.set_len(qcow2::FILE_BYTES)
+            })?;
+            Ok(FileDisk { path, virtual_bytes, backing: Some(backing) })
+        }
+    }
+}
+
+pub(super) fn open(directory: &Path) -> Result<Option<FileDisk>, DiskError> {
+    let path = directory.join(RAW_NAME);
+    match fs::metadata(&path) {
+        Ok(metadata) => return Ok(Some(FileDisk { path, virtual_bytes: metadata.len(), backing: None })),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(DiskError::system("examining", &path)(e)),
+    }
+    let path = directory.join(OVERLAY_NAME);
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(DiskError::system("opening", &path)(e)),
+    };
+    let mut head = Vec::new();
+    file.take(qcow2::HEAD_BYTES as u64)
+        .read_to_end(&mut head)
+        .map_err(DiskError::system("reading", &path))?;
+    match Overlay::decode(&head) {
+        Ok(overlay) => {
+            let backing = Some(PathBuf::from(OsStr::from_bytes(&overlay.backing)));
+            Ok(Some(FileDisk { path, virtual_bytes: overlay.virtual_bytes, backing }))
+        }
+        Err(reason) => Err(DiskError::Malformed { path, reason }),
+    }
+}
+
+fn virtual_bytes(spec: &DiskSpec<'_>, base_bytes: u64) -> Result<u64, DiskError> {
+    let wanted_bytes = spec.size_bytes.unwrap_or(base_bytes);
+    if wanted_bytes < base_bytes {
+        return Err(DiskError::TooSmall { base: spec.base.to_owned(), base_bytes, wanted_bytes });
+    }
+    if wanted_bytes > MAX_DISK_BYTES {
+        return Err(DiskError::TooLarge { wanted_bytes });
+    }
+    Ok(wanted_bytes.next_multiple_of(SECTOR_BYTES))
+}
+
+/// Makes the file `path` with `fill` and puts it and its name on the storage; removes it again on failure.
+fn make(path: &Path, fill: impl FnOnce(&File) -> io::Result<()>) -> Result<(), DiskError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(MODE)
+        .open(path)
+        .map_err(DiskError::system("creating", path))?;
+    let made = fill(&file)
+        .map_err(DiskError::system("writing", path))
+        .and_then(|()| file.sync_all().map_err(DiskError::system("syncing", path)))
+        .and_then(|()| sync_parent(path));
+    if made.is_err() {
+        // The first error is the one to tell.
+        let _ = fs::remove_file(path);
+    }
+    made
+}
+
+fn sync_parent(path: &Path) -> Result<(), DiskError> {
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    File::open(parent)
+        .and_then(|directory| directory.sync_all())
+        .map_err(DiskError::system("syncing", parent))
+}
+
+/// A file in `directory` that has no name and goes when it is closed.
+fn nameless(directory: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(MODE).open(directory)
+}

@@ -1,0 +1,224 @@
+//! One capsule's network, made and unmade whole.
+
+use super::error::NetError;
+use super::firewall::{self, FirewallError, Policy};
+use super::link::Links;
+use super::netlink::VethEnd;
+use super::netns::{self, Namespace};
+use super::slot::Slot;
+use super::tap::Tap;
+use super::{GUEST_ADDRESS, GUEST_LINK_NAME, METADATA_ADDRESS, METADATA_PORT, MTU, host};
+use std::fs;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::BorrowedFd;
+
+const HOST_PREFIX: u8 = 32;
+const LINK_PREFIX: u8 = 31;
+/// The default route: 0.0.0.0/0.
+const EVERYWHERE: (std::net::Ipv4Addr, u8) = (std::net::Ipv4Addr::UNSPECIFIED, 0);
+
+/// What a new namespace is told before anything is in it: forward between its two links, and know no IPv6.
+const NAMESPACE_SETTINGS: [(&str, &str); 3] = [
+    ("/proc/sys/net/ipv4/ip_forward", "1"),
+    ("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1"),
+    ("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"),
+];
+
+/// A capsule's network. Dropping it leaves everything in place, as a restart of the agent must;
+/// [`CapsuleNetwork::destroy`] takes it away.
+#[derive(Debug)]
+pub struct CapsuleNetwork {
+    slot: Slot,
+    namespace: Namespace,
+    /// Whether its link may be in the host's set of links with internet.
+    let_out: bool,
+}
+
+impl CapsuleNetwork {
+    /// Makes the namespace, both cables, the addresses and the firewall. On failure nothing stays;
+    /// [`NetError::NameTaken`] means that the slot belongs to somebody else. Blocks for about ten
+    /// milliseconds. The [`Tap`] is for the VMM, and lasts as long as that.
+    pub fn create(slot: Slot, policy: Policy) -> Result<(CapsuleNetwork, Tap), NetError> {
+        let mut undo = Undo { slot, namespace: false, link: false };
+        let namespace = Namespace::create(&slot.namespace_name())?;
+        undo.namespace = true;
+        let (mut inner, tap) = namespace.run(|| furnish_namespace(slot))??;
+
+        let mut outer = Links::open()?;
+        let host_end = VethEnd { name: &slot.host_link_name(), mac: slot.host_link_mac() };
+        let guest_end = VethEnd { name: GUEST_LINK_NAME, mac: slot.guest_link_mac() };
+        outer.create_veth(host_end, guest_end, MTU, namespace.as_fd())?;
+        undo.link = true;
+        furnish_host_end(&mut outer, slot)?;
+        furnish_guest_end(&mut inner, slot)?;
+
+        let mut network = CapsuleNetwork { slot, namespace, let_out: false };
+        network.set_policy(policy)?;
+        undo.disarm();
+        Ok((network, tap))
+    }
+
+    /// The network of a capsule that an earlier agent has made.
+    pub fn adopt(slot: Slot) -> Result<CapsuleNetwork, NetError> {
+        Links::open()?.get(&slot.host_link_name())?;
+        Ok(CapsuleNetwork { slot, namespace: Namespace::open(&slot.namespace_name())?, let_out: true })
+    }
+
+    /// Its slot.
+    pub fn slot(&self) -> Slot {
+        self.slot
+    }
+
+    /// The namespace, for setns(2).
+    pub fn namespace(&self) -> BorrowedFd<'_> {
+        self.namespace.as_fd()
+    }
+
+    /// Changes what the guest may reach, for connections that exist as well. Blocks for milliseconds.
+    pub fn set_policy(&mut self, policy: Policy) -> Result<(), NetError> {
+        let rules = firewall::capsule_rules(self.slot, policy);
+        firewall::load(&rules, Some(self.namespace()))?;
+        if policy.allow_internet {
+            self.let_out = true;
+            firewall::load(&firewall::host_element(self.slot, policy), None)?;
+        } else if self.let_out {
+            shut_in(self.slot)?;
+            self.let_out = false;
+        }
+        Ok(())
+    }
+
+    /// Makes `tap0` again after its VMM has ended, as for a capsule that resumes, and guards it. Blocks for
+    /// milliseconds.
+    pub fn open_tap(&mut self, policy: Policy) -> Result<Tap, NetError> {
+        let tap = self.namespace.run(|| Tap::create(&mut Links::open()?, self.slot))??;
+        // The device's own rules have gone with the old device.
+        self.set_policy(policy)?;
+        Ok(tap)
+    }
+
+    /// Begins a connection to a TCP port of the guest. The socket is non-blocking and becomes writable
+    /// when the connection stands or has failed.
+    pub fn connect_guest(&self, port: u16) -> Result<mio::net::TcpStream, NetError> {
+        let address = SocketAddr::from((GUEST_ADDRESS, port));
+        self.namespace
+            .run(|| mio::net::TcpStream::connect(address))?
+            .map_err(NetError::system("connecting to", address))
+    }
+
+    /// A non-blocking listener on the metadata service's address.
+    pub fn metadata_listener(&self) -> Result<mio::net::TcpListener, NetError> {
+        let address = SocketAddr::from((METADATA_ADDRESS, METADATA_PORT));
+        let listen = || -> io::Result<mio::net::TcpListener> {
+            let listener = TcpListener::bind(address)?;
+            listener.set_nonblocking(true)?;
+            Ok(mio::net::TcpListener::from_std(listener))
+        };
+        self.namespace.run(listen)?.map_err(NetError::system("listening on", address))
+    }
+
+    /// Takes everything away. The VMM must have ended, and sockets inside must be closed, for the kernel to
+    /// free the namespace; its name and the host's link are gone when this returns. Blocks for
+    /// milliseconds.
+    pub fn destroy(self) -> Result<(), NetError> {
+        remove(self.slot, self.let_out).map(drop)
+    }
+}
+
+/// Removes by name whatever there is of a capsule's network; false when there was nothing. Only for slots
+/// that the caller's own records name. Every step is tried; the first error is returned.
+pub fn destroy_remains(slot: Slot) -> Result<bool, NetError> {
+    remove(slot, true)
+}
+
+fn remove(slot: Slot, let_out: bool) -> Result<bool, NetError> {
+    let shut_in = if let_out { shut_in(slot) } else { Ok(()) };
+    let link = Links::open().and_then(|mut links| links.delete(&slot.host_link_name()));
+    let namespace = netns::remove(&slot.namespace_name());
+    shut_in?;
+    Ok(link? | namespace?)
+}
+
+/// The slots of which there is something on this host, ours or another agent's, in order.
+pub fn existing_slots() -> io::Result<Vec<Slot>> {
+    host::links()
+}
+
+/// Takes the capsule's link out of the host's set of links with internet.
+fn shut_in(slot: Slot) -> Result<(), NetError> {
+    match firewall::load(&firewall::host_element(slot, Policy::default()), None) {
+        // Where the host's table is not in place there is no set to be in.
+        Err(FirewallError::Refused { .. }) if !host::is_installed()? => Ok(()),
+        other => Ok(other?),
+    }
+}
+
+/// Runs inside the namespace.
+fn furnish_namespace(slot: Slot) -> Result<(Links, Tap), NetError> {
+    for (path, value) in NAMESPACE_SETTINGS {
+        write_setting(path, value)?;
+    }
+    let mut links = Links::open()?;
+    let loopback = links.get("lo")?;
+    links.bring_up(loopback, None)?;
+    links.add_address(loopback, METADATA_ADDRESS, HOST_PREFIX)?;
+    let tap = Tap::create(&mut links, slot)?;
+    Ok((links, tap))
+}
+
+fn furnish_host_end(links: &mut Links, slot: Slot) -> Result<(), NetError> {
+    let name = slot.host_link_name();
+    write_setting(&format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1")?;
+    let link = links.get(&name)?;
+    links.bring_up(link, None)?;
+    links.add_address(link, slot.host_link(), LINK_PREFIX)?;
+    links.add_neighbour(link, slot.guest_link(), slot.guest_link_mac())?;
+    links.add_route(link, slot.host_ip(), HOST_PREFIX, slot.guest_link())
+}
+
+fn furnish_guest_end(links: &mut Links, slot: Slot) -> Result<(), NetError> {
+    let link = links.get(GUEST_LINK_NAME)?;
+    links.bring_up(link, None)?;
+    links.add_address(link, slot.guest_link(), LINK_PREFIX)?;
+    links.add_neighbour(link, slot.host_link(), slot.host_link_mac())?;
+    links.add_route(link, EVERYWHERE.0, EVERYWHERE.1, slot.host_link())
+}
+
+/// Writes a kernel setting; one that this kernel does not have (IPv6 may be compiled out) needs no change.
+fn write_setting(path: &str, value: &str) -> Result<(), NetError> {
+    match fs::write(path, value) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(NetError::system("writing", path)(e)),
+        _ => Ok(()),
+    }
+}
+
+/// Takes back, when a creation fails half-way, what that creation had made, and nothing else.
+struct Undo {
+    slot: Slot,
+    namespace: bool,
+    link: bool,
+}
+
+impl Undo {
+    fn disarm(mut self) {
+        (self.namespace, self.link) = (false, false);
+    }
+}
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        let report = |result: Result<bool, NetError>| {
+            if let Err(e) = result {
+                log::warn!("slot {}: undoing a failed creation: {e}", self.slot);
+            }
+        };
+        if self.link {
+            report(shut_in(self.slot).map(|()| true));
+            report(Links::open().and_then(|mut links| links.delete(&self.slot.host_link_name())));
+        }
+        if self.namespace {
+            report(netns::remove(&self.slot.namespace_name()));
+        }
+    }
+}

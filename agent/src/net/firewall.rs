@@ -1,0 +1,384 @@
+//! Firewall rules: text for `nft -f -`, one transaction each, and the running of it.
+//!
+//! Two layers, so that neither alone is trusted:
+//!
+//! - In each capsule's namespace, a `netdev` table lets nothing into `tap0` but IPv4 and ARP from the
+//!   guest's own addresses, and an `ip` table denies everything except the metadata address, the host's
+//!   connections to the guest, and, where the policy says so, the internet without any private network.
+//!   Both go when the namespace goes.
+//! - On the host, one table for all capsules: nothing that comes from a capsule's link reaches the host
+//!   itself or another capsule, and only links in the set `internet` are forwarded and masqueraded.
+//!
+//! A packet in a connection's original direction is judged by the policy as it is now, not as it was when
+//! the connection began: a policy that is narrowed cuts what it forbids.
+
+use super::slot::{HOST_LINK_PREFIX, Slot};
+use super::{GUEST_ADDRESS, GUEST_LINK_NAME, METADATA_ADDRESS, METADATA_PORT, tap};
+use crate::sys::memfd::Capture;
+use crate::sys::pidfd::{Exit, Process};
+use crate::sys::spawn::{Confinement, spawn};
+use std::fmt;
+use std::io::{self, Write};
+use std::os::fd::BorrowedFd;
+use std::process::{Command, Stdio};
+
+/// The table's name, in the host's namespace (family `inet`) and in each capsule's (`netdev` and `ip`).
+pub const TABLE: &str = "wrenn";
+
+/// The program that takes the rules.
+const NFT: &str = "nft";
+/// Where it may be: a service's PATH need not have the system directories.
+const NFT_PATH: &str = "/usr/sbin:/sbin:/usr/bin:/bin:/usr/local/sbin:/usr/local/bin";
+/// A transaction takes milliseconds; another program that holds the kernel's lock may take longer.
+const NFT_TIMEOUT_MS: i32 = 5_000;
+/// How much of what nft says is kept for the error message.
+const NFT_MESSAGE_BYTES: u64 = 4_096;
+/// Most rules in one transaction: less than a pipe holds, so writing them never blocks.
+const MAX_RULES_BYTES: usize = 32 * 1024;
+
+/// What an internet-enabled guest still may not reach: everything that is not the public internet. From
+/// IANA's special-purpose address registry (RFC 6890 and updates), and multicast.
+pub const NOT_INTERNET: [&str; 15] = [
+    "0.0.0.0/8",
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "127.0.0.0/8",
+    "169.254.0.0/16",
+    "172.16.0.0/12",
+    "192.0.0.0/24",
+    "192.0.2.0/24",
+    "192.88.99.0/24",
+    "192.168.0.0/16",
+    "198.18.0.0/15",
+    "198.51.100.0/24",
+    "203.0.113.0/24",
+    "224.0.0.0/4",
+    "240.0.0.0/4",
+];
+
+/// What a capsule's guest may reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Policy {
+    /// Whether it may open connections to the public internet.
+    pub allow_internet: bool,
+}
+
+/// Why rules are not in place.
+#[derive(Debug)]
+pub enum FirewallError {
+    /// There is no `nft` program.
+    NftMissing,
+    /// It could not be run.
+    Run(io::Error),
+    /// It did not finish in time and was killed.
+    TimedOut,
+    /// It refused the rules.
+    Refused {
+        /// How it ended.
+        exit: Exit,
+        /// What it said.
+        message: String,
+    },
+}
+
+impl fmt::Display for FirewallError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            FirewallError::NftMissing => {
+                f.write_str("no `nft` program in the system directories: install nftables")
+            }
+            FirewallError::Run(error) => write!(f, "running nft: {error}"),
+            FirewallError::TimedOut => {
+                write!(f, "nft did not finish within {NFT_TIMEOUT_MS} ms and was killed")
+            }
+            FirewallError::Refused { exit, message } => write!(f, "nft {exit}: {message}"),
+        }
+    }
+}
+
+impl std::error::Error for FirewallError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            FirewallError::Run(error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
+/// The rules inside a capsule's namespace. Loading them again replaces them.
+pub fn capsule_rules(slot: Slot, policy: Policy) -> String {
+    let mut rules = Rules::default();
+    guard_rules(&mut rules, slot);
+    for command in ["add", "delete", "add"] {
+        rules.line(format_args!("{command} table ip {TABLE}"));
+    }
+    input_rules(&mut rules);
+    forward_rules(&mut rules, slot, policy);
+    nat_rules(&mut rules, slot, policy);
+    rules.0
+}
+
+/// Anti-spoofing, before anything else looks at a frame.
+fn guard_rules(rules: &mut Rules, slot: Slot) {
+    let (tap, mac) = (tap::NAME, slot.guest_mac());
+    for command in ["add", "delete", "add"] {
+        rules.line(format_args!("{command} table netdev {TABLE}"));
+    }
+    rules.line(format_args!(
+        "add chain netdev {TABLE} guard {{ type filter hook ingress device \"{tap}\" priority -500; \
+         policy drop; }}"
+    ));
+    let mut guard =
+        |rule: fmt::Arguments<'_>| rules.line(format_args!("add rule netdev {TABLE} guard {rule}"));
+    guard(format_args!("ether saddr != {mac} drop"));
+    guard(format_args!(
+        "ether type arp arp htype 1 arp ptype ip arp operation {{ request, reply }} arp saddr ether {mac} \
+         arp saddr ip {GUEST_ADDRESS} accept"
+    ));
+    guard(format_args!("ether type ip ip saddr {GUEST_ADDRESS} accept"));
+}
+
+/// What reaches the namespace itself: the metadata service, and answers to the agent's own connections.
+fn input_rules(rules: &mut Rules) {
+    let tap = tap::NAME;
+    rules.chain("input", "filter hook input priority filter; policy drop;");
+    rules.rule("input", format_args!("iifname \"lo\" accept"));
+    rules.rule(
+        "input",
+        format_args!("iifname \"{tap}\" ip daddr {METADATA_ADDRESS} tcp dport {METADATA_PORT} accept"),
+    );
+    rules.rule(
+        "input",
+        format_args!("iifname \"{tap}\" ct direction reply ct state established,related accept"),
+    );
+    reject_rest(rules, "input");
+    rules.chain("output", "filter hook output priority filter; policy drop;");
+    rules.rule("output", format_args!("oifname {{ \"lo\", \"{tap}\" }} accept"));
+}
+
+/// What goes through it: the host's connections to the guest, and the guest's to the internet.
+fn forward_rules(rules: &mut Rules, slot: Slot, policy: Policy) {
+    let (tap, link, host) = (tap::NAME, GUEST_LINK_NAME, slot.host_link());
+    let answers = "ct direction reply ct state established,related accept";
+    rules.chain("forward", "filter hook forward priority filter; policy drop;");
+    rules.rule("forward", format_args!("ct state invalid drop"));
+    rules.rule(
+        "forward",
+        format_args!("iifname \"{link}\" oifname \"{tap}\" ip saddr {host} ct status dnat accept"),
+    );
+    rules.rule("forward", format_args!("iifname \"{tap}\" oifname \"{link}\" {answers}"));
+    if policy.allow_internet {
+        let denied = NOT_INTERNET.join(", ");
+        rules.rule(
+            "forward",
+            format_args!("iifname \"{tap}\" oifname \"{link}\" ip daddr != {{ {denied} }} accept"),
+        );
+        rules.rule("forward", format_args!("iifname \"{link}\" oifname \"{tap}\" {answers}"));
+    }
+    reject_rest(rules, "forward");
+}
+
+/// A guest is told at once that it may not, instead of waiting for a timeout.
+fn reject_rest(rules: &mut Rules, chain: &str) {
+    let tap = tap::NAME;
+    rules.rule(chain, format_args!("iifname \"{tap}\" meta l4proto tcp reject with tcp reset"));
+    rules.rule(chain, format_args!("iifname \"{tap}\" reject with icmp type admin-prohibited"));
+}
+
+fn nat_rules(rules: &mut Rules, slot: Slot, policy: Policy) {
+    let link = GUEST_LINK_NAME;
+    rules.chain("prerouting", "nat hook prerouting priority dstnat;");
+    let host_ip = slot.host_ip();
+    rules.rule("prerouting", format_args!("iifname \"{link}\" ip daddr {host_ip} dnat to {GUEST_ADDRESS}"));
+    if policy.allow_internet {
+        let guest_link = slot.guest_link();
+        rules.chain("postrouting", "nat hook postrouting priority srcnat;");
+        rules.rule(
+            "postrouting",
+            format_args!("oifname \"{link}\" ip saddr {GUEST_ADDRESS} snat to {guest_link}"),
+        );
+    }
+}
+
+/// The rules of the host itself. Loading them again replaces them and keeps the set of links.
+pub fn host_rules() -> String {
+    let ours = format!("\"{HOST_LINK_PREFIX}*\"");
+    let denied = NOT_INTERNET.join(", ");
+    // Before the usual priority: another table that accepts does not undo a drop, and ours comes first.
+    let priority = "priority filter - 10; policy accept;";
+    let mut text = format!(
+        "add table inet {TABLE}\n\
+         add set inet {TABLE} internet {{ type ifname; }}\n\
+         add chain inet {TABLE} input {{ type filter hook input {priority} }}\n\
+         add chain inet {TABLE} forward {{ type filter hook forward {priority} }}\n\
+         add chain inet {TABLE} postrouting {{ type nat hook postrouting priority srcnat; }}\n"
+    );
+    for chain in ["input", "forward", "postrouting"] {
+        text.push_str(&format!("flush chain inet {TABLE} {chain}\n"));
+    }
+    let answers = "ct direction reply ct state established,related accept";
+    for (chain, rule) in [
+        ("input", format!("iifname {ours} {answers}")),
+        ("input", format!("iifname {ours} drop")),
+        ("forward", format!("iifname {ours} oifname {ours} drop")),
+        ("forward", format!("iifname @internet ip daddr != {{ {denied} }} accept")),
+        ("forward", format!("iifname {ours} drop")),
+        ("forward", format!("oifname @internet {answers}")),
+        ("forward", format!("oifname {ours} drop")),
+        ("postrouting", format!("iifname {ours} oifname != {ours} masquerade")),
+    ] {
+        text.push_str(&format!("add rule inet {TABLE} {chain} {rule}\n"));
+    }
+    text
+}
+
+/// Takes away what [`host_rules`] made.
+pub fn host_removal() -> String {
+    format!("delete table inet {TABLE}\n")
+}
+
+/// Forwards a capsule's link to the internet, or no longer. Either may be loaded more than once.
+pub fn host_element(slot: Slot, policy: Policy) -> String {
+    let element = format!("element inet {TABLE} internet {{ \"{}\" }}\n", slot.host_link_name());
+    if policy.allow_internet {
+        format!("add {element}")
+    } else {
+        // Deleting what is not there is an error; adding what is there is none.
+        format!("add {element}delete {element}")
+    }
+}
+
+/// A question whose answer is an error when [`host_rules`] are not in place.
+pub fn host_query() -> String {
+    format!("list set inet {TABLE} internet\n")
+}
+
+#[derive(Default)]
+struct Rules(String);
+
+impl Rules {
+    fn line(&mut self, line: fmt::Arguments<'_>) {
+        self.0.push_str(&format!("{line}\n"));
+    }
+
+    fn chain(&mut self, name: &str, kind: &str) {
+        self.line(format_args!("add chain ip {TABLE} {name} {{ type {kind} }}"));
+    }
+
+    fn rule(&mut self, chain: &str, rule: fmt::Arguments<'_>) {
+        self.line(format_args!("add rule ip {TABLE} {chain} {rule}"));
+    }
+}
+
+/// Loads `rules` as one transaction, in `namespace` or in ours. Blocks, at most for five seconds.
+pub fn load(rules: &str, namespace: Option<BorrowedFd<'_>>) -> Result<(), FirewallError> {
+    assert!(rules.len() <= MAX_RULES_BYTES, "a transaction of {} bytes", rules.len());
+    let output = Capture::new(c"nft output", NFT_MESSAGE_BYTES).map_err(FirewallError::Run)?;
+    let writer = || output.writer().map(Stdio::from).map_err(FirewallError::Run);
+    let mut command = Command::new(NFT);
+    command.args(["-f", "-"]).env_clear().env("PATH", NFT_PATH).current_dir("/");
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(writer()?);
+    let mut child =
+        spawn(&mut command, &Confinement { namespace, ..Confinement::default() }).map_err(|e| {
+            if e.kind() == io::ErrorKind::NotFound {
+                FirewallError::NftMissing
+            } else {
+                FirewallError::Run(e)
+            }
+        })?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // When nft has died early, its exit status says more than the broken pipe.
+        let _ = stdin.write_all(rules.as_bytes());
+    }
+    let mut process = Process::child(child.id()).map_err(FirewallError::Run)?;
+    match process.wait(NFT_TIMEOUT_MS).map_err(FirewallError::Run)? {
+        Some(Exit::Status(0)) => Ok(()),
+        Some(exit) => Err(FirewallError::Refused { exit, message: output.text() }),
+        None => {
+            process.kill().map_err(FirewallError::Run)?;
+            process.wait(NFT_TIMEOUT_MS).map_err(FirewallError::Run)?;
+            Err(FirewallError::TimedOut)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::slot;
+    use super::*;
+
+    fn rules(allow_internet: bool) -> String {
+        capsule_rules(slot::FIRST, Policy { allow_internet })
+    }
+
+    fn accepting(rules: &str, chain: &str) -> usize {
+        let start = format!("add rule ip {TABLE} {chain} ");
+        rules.lines().filter(|l| l.starts_with(&start) && l.ends_with(" accept")).count()
+    }
+
+    #[test]
+    fn everything_is_denied_unless_it_is_named() {
+        for rules in [rules(false), rules(true)] {
+            for chain in ["input", "output", "forward"] {
+                let policy = format!(
+                    "add chain ip wrenn {chain} {{ type filter hook {chain} priority filter; policy drop; }}"
+                );
+                assert!(rules.contains(&policy), "{chain}: {rules}");
+            }
+            assert!(rules.contains("device \"tap0\" priority -500; policy drop;"));
+        }
+    }
+
+    #[test]
+    fn without_internet_there_is_no_way_out_but_answers_to_the_host() {
+        let closed = rules(false);
+        assert!(!closed.contains("snat"));
+        assert!(!closed.contains("ip daddr !="));
+        assert_eq!(accepting(&closed, "forward"), 2);
+        assert_eq!(accepting(&closed, "input"), 3);
+        let open = rules(true);
+        assert_eq!(accepting(&open, "forward"), 4);
+        assert!(open.contains("oifname \"eth0\" ip saddr 169.254.0.21 snat to 10.12.0.3"));
+    }
+
+    #[test]
+    fn private_networks_stay_closed_with_internet() {
+        let line = rules(true);
+        let line = line.lines().find(|l| l.contains("ip daddr !=")).unwrap_or_default();
+        for network in NOT_INTERNET {
+            assert!(line.contains(network), "{network}");
+        }
+        assert!(host_rules().contains("iifname @internet ip daddr != { 0.0.0.0/8, 10.0.0.0/8,"));
+    }
+
+    #[test]
+    fn only_the_guests_own_addresses_leave_the_tap() {
+        let rules = rules(false);
+        assert!(rules.contains("guard ether saddr != 02:fc:01:00:00:01 drop"));
+        assert!(rules.contains("arp saddr ether 02:fc:01:00:00:01 arp saddr ip 169.254.0.21 accept"));
+        assert!(rules.contains("guard ether type ip ip saddr 169.254.0.21 accept"));
+    }
+
+    #[test]
+    fn the_host_drops_what_no_rule_names() {
+        let rules = host_rules();
+        let forward: Vec<_> =
+            rules.lines().filter(|l| l.starts_with("add rule inet wrenn forward")).collect();
+        assert!(forward[0].ends_with("iifname \"wrenn-*\" oifname \"wrenn-*\" drop"));
+        assert!(forward[2].ends_with("iifname \"wrenn-*\" drop"));
+        assert!(forward[4].ends_with("oifname \"wrenn-*\" drop"));
+    }
+
+    #[test]
+    fn a_link_is_let_out_and_shut_in_again() {
+        let slot = slot::FIRST;
+        assert_eq!(
+            host_element(slot, Policy { allow_internet: true }),
+            "add element inet wrenn internet { \"wrenn-1\" }\n"
+        );
+        assert_eq!(
+            host_element(slot, Policy::default()),
+            "add element inet wrenn internet { \"wrenn-1\" }\ndelete element inet wrenn internet { \"wrenn-1\" }\n"
+        );
+    }
+}

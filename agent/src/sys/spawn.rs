@@ -1,0 +1,123 @@
+//! Starting a program with nothing of this process but what it is given: session, namespace, user, groups,
+//! descriptors and limits are settled between fork(2) and execve(2).
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command};
+
+/// Most supplementary groups that [`spawn`] sets.
+const MAX_GROUPS: usize = 4;
+
+/// A user to run as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// User id, real, effective and saved.
+    pub uid: u32,
+    /// Group id, real, effective and saved.
+    pub gid: u32,
+}
+
+/// What the new process gets and what it does not.
+#[derive(Debug, Default)]
+pub struct Confinement<'a> {
+    /// The network namespace to run in; ours when there is none.
+    pub namespace: Option<BorrowedFd<'a>>,
+    /// The user to run as; ours when there is none. With it come exactly `groups`.
+    pub identity: Option<Identity>,
+    /// Supplementary groups, at most four, looked at only with an `identity`.
+    pub groups: &'a [u32],
+    /// Descriptors that it keeps under the same numbers. All others but 0, 1 and 2 are closed.
+    pub inherit: &'a [BorrowedFd<'a>],
+}
+
+/// Starts `command`, confined, in a session of its own, without core dumps (they would hold a guest's
+/// memory) and without a way to gain privileges. It outlives this process.
+pub fn spawn(command: &mut Command, confinement: &Confinement<'_>) -> io::Result<Child> {
+    if confinement.groups.len() > MAX_GROUPS {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut groups = [0; MAX_GROUPS];
+    groups[..confinement.groups.len()].copy_from_slice(confinement.groups);
+    let child = ChildSetup {
+        namespace: confinement.namespace.map(|fd| fd.as_raw_fd()),
+        identity: confinement.identity,
+        groups,
+        group_count: confinement.groups.len(),
+        inherit: confinement.inherit.iter().map(|fd| fd.as_raw_fd()).collect(),
+    };
+    // SAFETY: `apply` makes system calls only and neither allocates nor takes a lock, as a hook between
+    // fork and exec of a program with several threads must. The raw descriptors in it are borrowed until
+    // after `spawn` has returned, so they are open when it runs.
+    unsafe { command.pre_exec(move || child.apply()) };
+    command.spawn()
+}
+
+struct ChildSetup {
+    namespace: Option<RawFd>,
+    identity: Option<Identity>,
+    groups: [libc::gid_t; MAX_GROUPS],
+    group_count: usize,
+    inherit: Vec<RawFd>,
+}
+
+impl ChildSetup {
+    fn apply(&self) -> io::Result<()> {
+        let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: every call takes plain integers, or a pointer to a local that outlives it.
+        unsafe {
+            super::check(libc::setsid())?;
+            libc::umask(0o077);
+            super::check(libc::setrlimit(libc::RLIMIT_CORE, &raw const no_core))?;
+            if let Some(namespace) = self.namespace {
+                super::check(libc::setns(namespace, libc::CLONE_NEWNET))?;
+            }
+            if let Some(Identity { uid, gid }) = self.identity {
+                // The user last: after it there is no right left to change the groups.
+                super::check(libc::setgroups(self.group_count, self.groups.as_ptr()))?;
+                super::check(libc::setresgid(gid, gid, gid))?;
+                super::check(libc::setresuid(uid, uid, uid))?;
+            }
+            super::check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
+            // On exec, not now: the standard library still has a pipe to tell us of a failure.
+            let close_on_exec = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;
+            super::check(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, close_on_exec))?;
+            for fd in &self.inherit {
+                super::check(libc::fcntl(*fd, libc::F_SETFD, 0))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::os::fd::AsFd;
+    use std::process::Stdio;
+
+    #[test]
+    fn the_child_keeps_only_what_it_is_given() -> io::Result<()> {
+        let (kept, dropped) = (File::open("/dev/null")?, File::open("/dev/null")?);
+        let mut command = Command::new("/bin/sh");
+        command.env_clear().args(["-c", "ls /proc/self/fd; cut -d' ' -f6 /proc/$$/stat; echo $$; ulimit -c"]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let inherit = [kept.as_fd()];
+        let child = spawn(&mut command, &Confinement { inherit: &inherit, ..Confinement::default() })?;
+        let output = String::from_utf8_lossy(&child.wait_with_output()?.stdout).into_owned();
+        let lines: Vec<&str> = output.lines().collect();
+        assert!(lines.contains(&kept.as_raw_fd().to_string().as_str()), "{lines:?}");
+        assert!(!lines.contains(&dropped.as_raw_fd().to_string().as_str()), "{lines:?}");
+        let [.., session, pid, core] = lines[..] else { return Err(io::ErrorKind::InvalidData.into()) };
+        assert_eq!(session, pid);
+        assert_eq!(core, "0");
+        Ok(())
+    }
+
+    #[test]
+    fn a_program_that_is_not_there_is_an_error_of_spawn() {
+        let spawned = spawn(&mut Command::new("/nonexistent/program"), &Confinement::default());
+        assert_eq!(spawned.map(|_| ()).map_err(|e| e.kind()), Err(io::ErrorKind::NotFound));
+    }
+}
