@@ -6,14 +6,19 @@
 //! | module | what it is |
 //! | --- | --- |
 //! | [`codec`] | primitive encodings |
+//! | `config` | the daemons' variables and `.env` file (feature `reactor`) |
 //! | [`frame`] | the frame header and frame types |
 //! | [`message`] | every message |
 //! | [`auth`] | SCRAM-SHA-256 and the keys that follow from it |
 //! | [`session`] | one connection: handshake, streams, credit, keep-alive |
+//! | [`websocket`] | RFC 6455 |
 
 pub mod auth;
 pub mod base64;
 pub mod codec;
+#[cfg(feature = "reactor")]
+pub mod config;
 pub mod frame;
 pub mod message;
 pub mod session;
+pub mod websocket;
