@@ -1,0 +1,20 @@
+//! What every handler can reach besides its request: the settings, and nothing that changes.
+
+use std::fmt;
+
+/// Settings that handlers read. Shared by the event loop and all workers, never changed after start.
+pub struct Context {
+    /// Signs logins and derives host credentials (`JWT_SECRET`).
+    pub jwt_secret: Vec<u8>,
+    /// The PostgreSQL database (`DATABASE_URL`); holds a password.
+    pub database_url: String,
+    /// This program's version.
+    pub version: &'static str,
+}
+
+impl fmt::Debug for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The secrets are left out on purpose.
+        f.debug_struct("Context").field("version", &self.version).finish_non_exhaustive()
+    }
+}

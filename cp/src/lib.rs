@@ -1,0 +1,21 @@
+//! Wrenn's control plane: the public HTTP API over PostgreSQL and the wire sessions to its hosts.
+//!
+//! One event loop thread owns every socket (HTTP clients, host sessions); a fixed pool of worker
+//! threads owns the database connections. Handlers are plain functions that return the next
+//! [step](http::handler::Step), so no thread ever waits for a host or a client.
+//!
+//! | module | what it is |
+//! | --- | --- |
+//! | [`http`] | server loop, connections, router, what handlers see |
+//! | [`hosts`] | the live sessions to hosts; scheduler and reconciler |
+//! | [`api`] | the handlers, one file a resource, and the routing table |
+//! | [`auth`] | passwords, logins, API keys, host tokens |
+//! | [`db`] | the database connection, migrations, one file a table |
+//! | [`audit`] | who did what |
+
+pub mod api;
+pub mod audit;
+pub mod auth;
+pub mod db;
+pub mod hosts;
+pub mod http;
