@@ -5,7 +5,8 @@
 #
 # TEMPLATE_DIR holds `packages` and `customize.sh`; SOURCES is a sources.list (see apt-sources.sh);
 # CACHE_DIR/debs keeps the packages for the next time. Leaves base.ext4 (without envd, see
-# put-envd.sh) and packages.txt in OUTPUT_DIR. Runs as root, with about 1 GB of memory for the tree.
+# put-envd.sh) and packages.txt in OUTPUT_DIR, which exists. Runs as root, with about 1 GB of memory
+# for the tree.
 #
 # Everything happens in a mount namespace of its own, on a tmpfs: however this ends, the kernel
 # removes every mount and every file of it with the last process.
@@ -24,6 +25,7 @@ readonly BLOCK_BYTES=4096
 readonly FREE_BLOCKS=$((32 * 1024 * 1024 / BLOCK_BYTES))
 
 (($# == 4)) || die "usage: make-image.sh TEMPLATE_DIR SOURCES CACHE_DIR OUTPUT_DIR"
+((EUID == 0)) || die "making an image needs root (to own the files in it): run this as root"
 if [[ ${MAKE_IMAGE_NAMESPACE:-} != private ]]; then
     MAKE_IMAGE_NAMESPACE=private exec unshare --mount --propagation private -- "$0" "$@"
 fi
@@ -109,11 +111,11 @@ superblock() {
     dumpe2fs -h "$1" 2>/dev/null | sed -n "s/^$2: *//p"
 }
 
-work=$(mktemp -d "${TMPDIR:-/tmp}/wrenn-image.XXXXXXXX")
-mount -t tmpfs -o mode=0755,size=75% tmpfs "$work"
-trap 'cd / && umount --lazy "$work" && rmdir "$work"' EXIT
+work=$output/work
 tree=$work/tree
-mkdir -p "$cache" "$output" "$tree"
+mkdir -p "$cache" "$work"
+mount -t tmpfs -o mode=0755,size=75% tmpfs "$work"
+mkdir "$tree"
 touch "$work/started"
 
 drop_damaged_packages
