@@ -35,7 +35,7 @@ impl Namespace {
         let path = path_of(name);
         let _lock = prepare_directory().map_err(NetError::system("preparing", DIRECTORY))?;
         // As iproute2: mode 0, never overwriting a name that is there.
-        match OpenOptions::new().write(true).create_new(true).mode(0).open(&path) {
+        match OpenOptions::new().write(true).create_new(true).mode(0o000).open(&path) {
             Ok(_) => {}
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
                 return Err(NetError::NameTaken { name: name.to_owned() });

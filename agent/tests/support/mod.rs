@@ -14,8 +14,8 @@ static MACHINE: Mutex<()> = Mutex::new(());
 const FIRST_TEST_SLOT: u32 = 61_000;
 const TEST_SLOTS: u32 = 200;
 
-/// Why these tests cannot run here, said loudly; `None` where they can.
-pub fn reason_to_skip() -> Option<String> {
+/// Why these tests cannot run here; `None` where they can.
+fn reason_to_skip() -> Option<String> {
     let root = fs::metadata("/proc/self").is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) == 0);
     if !root {
         return Some("this needs root".into());
@@ -45,10 +45,15 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Waits for other tests of this program and looks at the machine.
-    pub fn take() -> Machine {
+    /// Waits for other tests of this program and looks at the machine. `None`, loudly, where these tests
+    /// cannot run.
+    pub fn take() -> Option<Machine> {
         let guard = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
-        Machine { before: Snapshot::now(), _guard: guard }
+        if let Some(reason) = reason_to_skip() {
+            eprintln!("SKIPPED: {reason}");
+            return None;
+        }
+        Some(Machine { before: Snapshot::now(), _guard: guard })
     }
 
     /// Panics when anything is there that was not, or the other way round.
@@ -73,13 +78,16 @@ impl Snapshot {
             let output = Command::new(program).args(arguments).output().map(|o| o.stdout).unwrap_or_default();
             String::from_utf8_lossy(&output).lines().filter(of_test).map(str::to_owned).collect()
         };
-        let children = fs::read_to_string(format!("/proc/self/task/{}/children", std::process::id()));
+        // A child belongs to the thread that started it.
+        let threads = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+        let children: String =
+            threads.filter_map(|t| fs::read_to_string(t.path().join("children")).ok()).collect();
         Snapshot {
             namespaces: names("/run/netns", "ns-"),
             links: names("/sys/class/net", "wrenn-"),
             tables: lines("nft", &["list", "ruleset"]),
             addresses: &lines("ip", &["address"]) | &lines("ip", &["route"]),
-            processes: children.unwrap_or_default().split_whitespace().map(str::to_owned).collect(),
+            processes: children.split_whitespace().map(str::to_owned).collect(),
         }
     }
 }
@@ -95,15 +103,4 @@ pub fn with_free_slot<T>(make: impl Fn(Slot) -> Result<T, NetError>) -> T {
         }
     }
     panic!("no free slot");
-}
-
-/// Returns from the test, loudly, where it cannot run.
-#[macro_export]
-macro_rules! skip_unless_possible {
-    () => {
-        if let Some(reason) = $crate::support::reason_to_skip() {
-            eprintln!("SKIPPED {}: {reason}", module_path!());
-            return;
-        }
-    };
 }

@@ -1,0 +1,33 @@
+//! Kernel interfaces, one a file, named after what they wrap. The only home of `unsafe` in this crate's
+//! host-level parts: everything here checks its arguments by type and gives safe functions back.
+//!
+//! - [`namespace`]: entering and pinning network namespaces
+//! - [`rtnetlink`]: the socket of the routing subsystem
+//! - [`tun`]: TAP devices
+//! - [`pidfd`]: processes that can be waited for and killed without a race
+//! - [`spawn`]: starting a program with nothing of ours but what it is given
+//! - [`memfd`]: files that exist only in memory
+//! - [`reflink`]: copies that share their blocks
+//! - [`kvm`]: just enough of KVM to find out whether it works
+//! - [`random`]: the kernel's random numbers
+//! - [`signals`]: signals as a descriptor
+//! - [`resources`]: disk space and open files
+
+pub mod kvm;
+pub mod memfd;
+pub mod namespace;
+pub mod pidfd;
+pub mod random;
+pub mod reflink;
+pub mod resources;
+pub mod rtnetlink;
+pub mod signals;
+pub mod spawn;
+pub mod tun;
+
+use std::io;
+
+/// A system call's return value as a `Result`: negative means that `errno` holds the reason.
+fn check<T: Copy + Into<i64>>(returned: T) -> io::Result<T> {
+    if returned.into() < 0 { Err(io::Error::last_os_error()) } else { Ok(returned) }
+}

@@ -1,0 +1,205 @@
+//! What a guest writes to its serial port, kept in two files of bounded size: the newer one grows to its
+//! limit, then takes the older one's place.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+/// The newer file, in the capsule's directory.
+pub const LOG_NAME: &str = "serial.log";
+/// The older file.
+pub const OLD_LOG_NAME: &str = "serial.log.1";
+/// The size of one file. At least this much of what a guest wrote last is there, and at most twice.
+pub const LOG_BYTES: u64 = 64 * 1024;
+
+/// How much one [`Console::pump`] reads: a guest that prints without end gets its turn like all others.
+const PUMP_BYTES: usize = 64 * 1024;
+const CHUNK_BYTES: usize = 8 * 1024;
+
+/// Whether there may be more to read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pump {
+    /// Everything has been read; wait for the descriptor to become readable.
+    Drained,
+    /// There may be more: call again, without waiting, after the others have had their turn.
+    More,
+    /// The other end is gone.
+    Closed,
+}
+
+/// A guest's serial port, the host's end.
+#[derive(Debug)]
+pub struct Console {
+    stream: UnixStream,
+    log: BoundedLog,
+}
+
+impl Console {
+    /// What comes on `stream` goes to the log in `directory`, behind what is there already.
+    pub fn new(stream: UnixStream, directory: &Path) -> io::Result<Console> {
+        stream.set_nonblocking(true)?;
+        Ok(Console { stream, log: BoundedLog::open(directory, LOG_BYTES)? })
+    }
+
+    /// The descriptor to wait on.
+    pub fn fd(&self) -> RawFd {
+        self.stream.as_raw_fd()
+    }
+
+    /// Reads what there is, up to a bound. An error is one of the log file's: a full disk, say.
+    pub fn pump(&mut self) -> io::Result<Pump> {
+        let mut chunk = [0; CHUNK_BYTES];
+        for _ in 0..PUMP_BYTES / CHUNK_BYTES {
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return Ok(Pump::Closed),
+                Ok(count) => self.log.write(&chunk[..count])?,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Pump::Drained),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return Ok(Pump::Closed),
+            }
+        }
+        Ok(Pump::More)
+    }
+
+    /// The last `bytes` bytes, as text fit for an error message or a log.
+    pub fn tail(&self, bytes: usize) -> String {
+        printable(&self.log.tail(bytes))
+    }
+}
+
+/// Control characters, with which a guest could play tricks on an operator's terminal, become spaces.
+fn printable(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes).replace("\r\n", "\n");
+    text.chars()
+        .map(|c| if c.is_control() && c != '\n' { ' ' } else { c })
+        .collect::<String>()
+        .trim()
+        .to_owned()
+}
+
+#[derive(Debug)]
+struct BoundedLog {
+    path: PathBuf,
+    old_path: PathBuf,
+    file: File,
+    length: u64,
+    limit: u64,
+}
+
+impl BoundedLog {
+    fn open(directory: &Path, limit: u64) -> io::Result<BoundedLog> {
+        let path = directory.join(LOG_NAME);
+        let file = open_log(&path)?;
+        let length = file.metadata()?.len();
+        Ok(BoundedLog { path, old_path: directory.join(OLD_LOG_NAME), file, length, limit })
+    }
+
+    fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            if self.length >= self.limit {
+                fs::rename(&self.path, &self.old_path)?;
+                self.file = open_log(&self.path)?;
+                self.length = 0;
+            }
+            let room = (self.limit - self.length).min(bytes.len() as u64) as usize;
+            self.file.write_all(&bytes[..room])?;
+            self.length += room as u64;
+            bytes = &bytes[room..];
+        }
+        Ok(())
+    }
+
+    fn tail(&self, bytes: usize) -> Vec<u8> {
+        let mut tail = match self.length < bytes as u64 {
+            true => File::open(&self.old_path)
+                .map(|old| end_of(&old, bytes - self.length as usize))
+                .unwrap_or_default(),
+            false => Vec::new(),
+        };
+        tail.extend(end_of(&self.file, bytes.min(self.length as usize)));
+        tail
+    }
+}
+
+fn open_log(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)
+}
+
+/// The last `bytes` bytes of a file, or as many as there are and can be read.
+fn end_of(file: &File, bytes: usize) -> Vec<u8> {
+    let length = file.metadata().map_or(0, |m| m.len());
+    let start = length.saturating_sub(bytes as u64);
+    let mut end = vec![0; (length - start) as usize];
+    match file.read_exact_at(&mut end, start) {
+        Ok(()) => end,
+        Err(_) => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Directory(PathBuf);
+
+    impl Directory {
+        fn new(name: &str) -> io::Result<Directory> {
+            let path = std::env::temp_dir().join(format!("wrenn-console-{name}-{}", std::process::id()));
+            fs::create_dir(&path)?;
+            Ok(Directory(path))
+        }
+    }
+
+    impl Drop for Directory {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn the_log_keeps_the_last_and_stays_bounded() -> io::Result<()> {
+        let directory = Directory::new("bounded")?;
+        let mut log = BoundedLog::open(&directory.0, 10)?;
+        assert_eq!(log.tail(100), b"");
+        log.write(b"0123")?;
+        assert_eq!(log.tail(100), b"0123");
+        log.write(b"456789abcdefghijklmnopq")?;
+        assert_eq!(log.tail(100), b"abcdefghijklmnopq");
+        assert_eq!(log.tail(8), b"jklmnopq");
+        assert_eq!(log.tail(3), b"opq");
+        drop(log);
+        let mut log = BoundedLog::open(&directory.0, 10)?;
+        log.write(b"rs")?;
+        assert_eq!(log.tail(100), b"abcdefghijklmnopqrs");
+        let sizes: u64 = [LOG_NAME, OLD_LOG_NAME]
+            .iter()
+            .map(|n| fs::metadata(directory.0.join(n)).map_or(0, |m| m.len()))
+            .sum();
+        assert_eq!(sizes, 19);
+        Ok(())
+    }
+
+    #[test]
+    fn a_flood_is_read_in_turns_and_the_end_is_noticed() -> io::Result<()> {
+        let directory = Directory::new("flood")?;
+        let (mut guest, host) = UnixStream::pair()?;
+        let mut console = Console::new(host, &directory.0)?;
+        assert_eq!(console.pump()?, Pump::Drained);
+        let writer = std::thread::spawn(move || guest.write_all(&[b'x'; 4 * PUMP_BYTES]));
+        let mut seen = Pump::Drained;
+        while seen != Pump::Closed {
+            seen = console.pump()?;
+        }
+        assert!(writer.join().is_ok_and(|r| r.is_ok()));
+        assert_eq!(console.tail(1_000_000).len() as u64, 2 * LOG_BYTES);
+        Ok(())
+    }
+
+    #[test]
+    fn control_characters_do_not_reach_a_terminal() {
+        assert_eq!(printable(b"\x1b[2Jhello\r\nworld\x07\xff\n\n"), "[2Jhello\nworld \u{fffd}");
+    }
+}

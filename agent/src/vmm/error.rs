@@ -1,0 +1,84 @@
+//! What can go wrong with a virtual machine.
+
+use super::qmp::QmpError;
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+/// Why a virtual machine could not be started or spoken to.
+#[derive(Debug)]
+pub enum VmmError {
+    /// There is no QEMU.
+    NoQemu {
+        /// Where it was looked for.
+        searched: String,
+    },
+    /// This QEMU is too old, or no QEMU.
+    WrongQemu {
+        /// The program.
+        program: PathBuf,
+        /// What it says of itself.
+        says: String,
+    },
+    /// A file that QEMU opens itself is not readable for its own user.
+    NotReadable {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The machine's description has a value that no machine can have.
+    Invalid {
+        /// Which, and what is possible.
+        reason: String,
+    },
+    /// A system call failed.
+    System {
+        /// What was to be done.
+        step: &'static str,
+        /// To which file or program.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The monitor's connection cannot go on.
+    Monitor(QmpError),
+    /// The monitor's connection is closed: the VMM has ended or is about to.
+    MonitorClosed,
+}
+
+impl fmt::Display for VmmError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            VmmError::NoQemu { searched } => {
+                write!(f, "no qemu-system-x86_64 in {searched}: install qemu-system-x86")
+            }
+            VmmError::WrongQemu { program, says } => {
+                write!(f, "{} is not QEMU 7.0 or later: {says}", program.display())
+            }
+            VmmError::NotReadable { path } => write!(
+                f,
+                "{} is not readable for all, and capsules run as users of their own: chmod a+r it",
+                path.display()
+            ),
+            VmmError::Invalid { reason } => f.write_str(reason),
+            VmmError::System { step, path, source } => write!(f, "{step} {}: {source}", path.display()),
+            VmmError::Monitor(error) => error.fmt(f),
+            VmmError::MonitorClosed => f.write_str("QEMU has closed its monitor"),
+        }
+    }
+}
+
+impl std::error::Error for VmmError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            VmmError::System { source, .. } => Some(source),
+            VmmError::Monitor(error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
+impl From<QmpError> for VmmError {
+    fn from(error: QmpError) -> VmmError {
+        VmmError::Monitor(error)
+    }
+}

@@ -1,0 +1,50 @@
+//! Virtual machine monitors: what a machine is to be like, and how it is started, watched and ended.
+//!
+//! - [`MachineSpec`]: what a machine is to be like
+//! - [`qemu`]: starts one in QEMU
+//! - [`Machine`]: one that runs, whoever started it
+//! - [`qmp`]: QEMU's protocol; [`console`]: the guest's serial port
+//! - [`probe`]: whether KVM works here
+
+pub mod console;
+mod error;
+mod machine;
+pub mod probe;
+pub mod qemu;
+pub mod qmp;
+
+pub use console::Pump;
+pub use error::VmmError;
+pub use machine::{Event, Machine};
+
+use crate::disk::DiskImage;
+use crate::net::MacAddress;
+use std::path::PathBuf;
+
+/// What a machine is to be like. Nothing in it is secret: all of it can be read in the list of processes.
+#[derive(Debug, Clone)]
+pub struct MachineSpec {
+    /// What the machine is called in the list of processes: the capsule's id. Letters, digits, `-`, `_`
+    /// and `.` only.
+    pub name: String,
+    /// Virtual CPUs, 1 to 64.
+    pub vcpus: u32,
+    /// Guest memory in MiB, 64 to 1,048,576.
+    pub memory_mb: u32,
+    /// The uncompressed kernel, readable for all.
+    pub kernel: PathBuf,
+    /// The initial RAM filesystem, readable for all.
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line.
+    pub command_line: String,
+    /// Its disks; the first is the guest's /dev/vda.
+    pub disks: Vec<DiskImage>,
+    /// The guest's Ethernet address.
+    pub guest_mac: MacAddress,
+    /// The user that the VMM runs as, this capsule's alone.
+    pub uid: u32,
+    /// The group that the VMM runs as, this capsule's alone.
+    pub gid: u32,
+    /// The capsule's directory, which exists and which only the agent may enter. Sockets and logs go here.
+    pub directory: PathBuf,
+}

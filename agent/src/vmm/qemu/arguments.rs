@@ -1,0 +1,208 @@
+//! QEMU's command line for a machine: a pure function of what the machine is to be like and of the
+//! descriptors that QEMU inherits. QEMU opens nothing by a name of ours: kernel, memory, disks, cable and
+//! sockets all come as descriptors, so it needs no right to any directory.
+
+use super::Accelerator;
+use crate::disk::Format;
+use crate::net::MacAddress;
+use serde_json::{Value, json};
+use std::os::fd::RawFd;
+
+/// What QEMU may not do, once it runs, by seccomp.
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+/// A disk's descriptors: the file, and the one behind it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct DiskFds {
+    pub format: Format,
+    pub file: RawFd,
+    pub backing: Option<RawFd>,
+}
+
+/// Everything that the command line depends on.
+#[derive(Debug)]
+pub(super) struct Inputs<'a> {
+    pub accelerator: Accelerator,
+    pub name: &'a str,
+    pub vcpus: u32,
+    pub memory_mb: u32,
+    pub command_line: &'a str,
+    pub guest_mac: MacAddress,
+    pub kernel: RawFd,
+    pub initramfs: Option<RawFd>,
+    pub memory: RawFd,
+    pub tap: RawFd,
+    pub monitor: RawFd,
+    pub console: RawFd,
+    pub disks: &'a [DiskFds],
+}
+
+/// The arguments, without the program's name.
+pub(super) fn arguments(inputs: &Inputs<'_>) -> Vec<String> {
+    let mut arguments = Arguments::default();
+    machine(&mut arguments, inputs);
+    boot(&mut arguments, inputs);
+    let mut next_set = 1;
+    for (index, disk) in inputs.disks.iter().enumerate() {
+        add_disk(&mut arguments, index, disk, &mut next_set);
+    }
+    devices(&mut arguments, inputs);
+    arguments.0
+}
+
+fn machine(arguments: &mut Arguments, inputs: &Inputs<'_>) {
+    arguments.add("-name", format!("guest={},process=wrenn-vm", inputs.name));
+    arguments.flag("-nodefaults");
+    arguments.flag("-no-user-config");
+    arguments.flag("-no-reboot");
+    arguments.add("-display", "none");
+    arguments.add("-sandbox", SANDBOX);
+    // Without what a server has no use for, the firmware and the guest have less to look for.
+    arguments.add("-machine", "q35,memory-backend=memory,usb=off,vmport=off,smbus=off,sata=off");
+    match inputs.accelerator {
+        Accelerator::Kvm { .. } => {
+            arguments.add("-accel", "kvm");
+            arguments.add("-cpu", "host");
+        }
+        Accelerator::Tcg => {
+            arguments.add("-accel", "tcg,thread=multi");
+            arguments.add("-cpu", "max");
+        }
+    }
+    arguments.add("-smp", format!("cpus={0},sockets=1,cores={0},threads=1", inputs.vcpus));
+    arguments.add("-m", format!("{}M", inputs.memory_mb));
+    // Shared, so that a snapshot can take the guest's memory as it lies there.
+    arguments.add(
+        "-object",
+        format!(
+            "memory-backend-file,id=memory,size={}M,mem-path=/proc/self/fd/{},share=on",
+            inputs.memory_mb, inputs.memory
+        ),
+    );
+}
+
+fn boot(arguments: &mut Arguments, inputs: &Inputs<'_>) {
+    arguments.add("-kernel", format!("/proc/self/fd/{}", inputs.kernel));
+    if let Some(initramfs) = inputs.initramfs {
+        arguments.add("-initrd", format!("/proc/self/fd/{initramfs}"));
+    }
+    arguments.add("-append", inputs.command_line);
+}
+
+fn devices(arguments: &mut Arguments, inputs: &Inputs<'_>) {
+    arguments.add("-netdev", format!("tap,id=net,fd={},vhost=off", inputs.tap));
+    // No option ROM: nothing boots from the network.
+    arguments.add(
+        "-device",
+        format!("virtio-net-pci,netdev=net,mac={},disable-legacy=on,romfile=", inputs.guest_mac),
+    );
+    arguments.add("-object", "rng-builtin,id=rng");
+    arguments.add("-device", "virtio-rng-pci,rng=rng,disable-legacy=on");
+    for (name, fd) in [("monitor", inputs.monitor), ("console", inputs.console)] {
+        arguments.add("-chardev", format!("socket,id={name},fd={fd},server=on,wait=off"));
+    }
+    arguments.add("-mon", "chardev=monitor,mode=control");
+    arguments.add("-serial", "chardev:console");
+}
+
+/// A disk as a graph of block nodes, the device's node named `disk{index}`.
+fn add_disk(arguments: &mut Arguments, index: usize, disk: &DiskFds, next_set: &mut u32) {
+    let name = format!("disk{index}");
+    let mut set = |arguments: &mut Arguments, fd: RawFd| {
+        arguments.add("-add-fd", format!("fd={fd},set={next_set}"));
+        *next_set += 1;
+        format!("/dev/fdset/{}", *next_set - 1)
+    };
+    let file = json!({"driver": "file", "filename": set(arguments, disk.file), "discard": "unmap"});
+    let node = match disk.format {
+        Format::Raw => {
+            json!({"node-name": name, "driver": "raw", "discard": "unmap", "file": file})
+        }
+        Format::Qcow2 => {
+            let backing = disk.backing.map(|fd| {
+                let file = json!({"driver": "file", "filename": set(arguments, fd), "read-only": true});
+                json!({"driver": "raw", "read-only": true, "file": file})
+            });
+            json!({"node-name": name, "driver": "qcow2", "discard": "unmap", "file": file,
+                   "backing": backing.unwrap_or(Value::Null)})
+        }
+    };
+    arguments.add("-blockdev", node.to_string());
+    arguments.add("-device", format!("virtio-blk-pci,drive={name},disable-legacy=on"));
+}
+
+#[derive(Default)]
+struct Arguments(Vec<String>);
+
+impl Arguments {
+    fn flag(&mut self, flag: &str) {
+        self.0.push(flag.to_owned());
+    }
+
+    fn add(&mut self, option: &str, value: impl Into<String>) {
+        self.0.push(option.to_owned());
+        self.0.push(value.into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn inputs(accelerator: Accelerator, disks: &[DiskFds]) -> Inputs<'_> {
+        Inputs {
+            accelerator,
+            name: "cap-1",
+            vcpus: 2,
+            memory_mb: 512,
+            command_line: "console=ttyS0 quiet",
+            guest_mac: MacAddress([2, 0xfc, 1, 0, 0, 7]),
+            kernel: 10,
+            initramfs: Some(11),
+            memory: 12,
+            tap: 13,
+            monitor: 14,
+            console: 15,
+            disks,
+        }
+    }
+
+    fn values<'a>(arguments: &'a [String], option: &str) -> Vec<&'a str> {
+        arguments.windows(2).filter(|w| w[0] == option).map(|w| w[1].as_str()).collect()
+    }
+
+    #[test]
+    fn everything_comes_by_descriptor_and_nothing_by_name() {
+        let disks = [
+            DiskFds { format: Format::Qcow2, file: 20, backing: Some(21) },
+            DiskFds { format: Format::Raw, file: 22, backing: None },
+        ];
+        let arguments = arguments(&inputs(Accelerator::Tcg, &disks));
+        assert_eq!(values(&arguments, "-kernel"), ["/proc/self/fd/10"]);
+        assert_eq!(values(&arguments, "-initrd"), ["/proc/self/fd/11"]);
+        assert_eq!(values(&arguments, "-append"), ["console=ttyS0 quiet"]);
+        assert_eq!(values(&arguments, "-add-fd"), ["fd=20,set=1", "fd=21,set=2", "fd=22,set=3"]);
+        assert!(values(&arguments, "-netdev")[0].starts_with("tap,id=net,fd=13,"));
+        assert!(values(&arguments, "-chardev")[0].starts_with("socket,id=monitor,fd=14,"));
+        assert!(values(&arguments, "-object")[0].contains("size=512M,mem-path=/proc/self/fd/12,share=on"));
+        let nodes: Vec<Value> =
+            values(&arguments, "-blockdev").iter().filter_map(|n| serde_json::from_str(n).ok()).collect();
+        assert_eq!(nodes[0]["driver"], "qcow2");
+        assert_eq!(nodes[0]["file"]["filename"], "/dev/fdset/1");
+        assert_eq!(nodes[0]["backing"]["file"]["filename"], "/dev/fdset/2");
+        assert_eq!(nodes[0]["backing"]["read-only"], true);
+        assert_eq!(nodes[1]["file"]["filename"], "/dev/fdset/3");
+        let devices = values(&arguments, "-device");
+        assert!(devices[0].contains("drive=disk0") && devices[1].contains("drive=disk1"));
+        assert!(devices[2].contains("mac=02:fc:01:00:00:07") && devices[2].ends_with("romfile="));
+    }
+
+    #[test]
+    fn the_accelerator_decides_the_processor() {
+        let tcg = arguments(&inputs(Accelerator::Tcg, &[]));
+        assert_eq!((values(&tcg, "-accel"), values(&tcg, "-cpu")), (vec!["tcg,thread=multi"], vec!["max"]));
+        let kvm = arguments(&inputs(Accelerator::Kvm { group: Some(104) }, &[]));
+        assert_eq!((values(&kvm, "-accel"), values(&kvm, "-cpu")), (vec!["kvm"], vec!["host"]));
+        assert!(values(&kvm, "-sandbox")[0].contains("spawn=deny"));
+    }
+}

@@ -1,0 +1,303 @@
+//! Machines in QEMU: each in a process of its own, as a user of its own, in its capsule's network
+//! namespace, behind seccomp, with the descriptors it needs and no way to open more.
+//!
+//! - [`Qemu`]: finds the program and starts machines
+//! - `arguments`: the command line
+
+mod arguments;
+
+use super::machine::{self, Machine, system};
+use super::probe::{self, KvmUnusable};
+use super::{MachineSpec, VmmError};
+use crate::disk::DiskImage;
+use crate::net::Tap;
+use crate::sys::memfd::{self, Capture};
+use crate::sys::pidfd::Process;
+use crate::sys::spawn::{Confinement, Identity, spawn};
+use arguments::{DiskFds, Inputs};
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+const PROGRAM: &str = "qemu-system-x86_64";
+/// Where distributions put it.
+const DIRECTORIES: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/bin"];
+/// The oldest major version whose options are the ones used here.
+const OLDEST_MAJOR: u32 = 7;
+/// How much of what QEMU says on its standard error is kept.
+const DIAGNOSTICS_BYTES: u64 = 16 * 1024;
+/// How much of a wrong program's output an error message quotes.
+const QUOTED_CHARS: usize = 200;
+
+const MAX_VCPUS: u32 = 64;
+const MIN_MEMORY_MB: u32 = 64;
+const MAX_MEMORY_MB: u32 = 1 << 20;
+/// The longest kernel command line on x86, COMMAND_LINE_SIZE, with its terminator.
+const MAX_COMMAND_LINE_BYTES: usize = 2_047;
+const MAX_NAME_BYTES: usize = 64;
+const READABLE_FOR_ALL: u32 = 0o004;
+
+/// What runs the guests' instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Accelerator {
+    /// The processor, by KVM.
+    Kvm {
+        /// The group that may use /dev/kvm; `None` when everybody may.
+        group: Option<u32>,
+    },
+    /// QEMU itself, translating: everywhere, and ten times slower.
+    Tcg,
+}
+
+/// The QEMU of this host.
+#[derive(Debug)]
+pub struct Qemu {
+    program: PathBuf,
+    version: String,
+    accelerator: Accelerator,
+    why_not_kvm: Option<KvmUnusable>,
+}
+
+impl Qemu {
+    /// Finds QEMU, `program` or where distributions put it, asks for its version, and tries KVM. Blocks
+    /// for a fraction of a second, two seconds at most.
+    pub fn find(program: Option<&Path>) -> Result<Qemu, VmmError> {
+        let program = match program {
+            Some(program) if program.is_file() => program.to_owned(),
+            Some(program) => return Err(VmmError::NoQemu { searched: program.display().to_string() }),
+            None => DIRECTORIES
+                .iter()
+                .map(|directory| Path::new(directory).join(PROGRAM))
+                .find(|path| path.is_file())
+                .ok_or_else(|| VmmError::NoQemu { searched: DIRECTORIES.join(", ") })?,
+        };
+        let output = Command::new(&program)
+            .arg("--version")
+            .env_clear()
+            .stdin(Stdio::null())
+            .output()
+            .map_err(system("running", &program))?;
+        let says = String::from_utf8_lossy(&output.stdout).into_owned();
+        let Some(version) = parse_version(&says) else {
+            let says = says.chars().take(QUOTED_CHARS).collect();
+            return Err(VmmError::WrongQemu { program, says });
+        };
+        let (accelerator, why_not_kvm) = match probe::kvm() {
+            Ok(access) => (Accelerator::Kvm { group: access.group }, None),
+            Err(reason) => (Accelerator::Tcg, Some(reason)),
+        };
+        Ok(Qemu { program, version, accelerator, why_not_kvm })
+    }
+
+    /// Program, version and accelerator, as `qemu 7.2.22, tcg`.
+    pub fn describe(&self) -> String {
+        let accelerator = if self.uses_kvm() { "kvm" } else { "tcg" };
+        format!("qemu {}, {accelerator}", self.version)
+    }
+
+    /// Whether the processor runs the guests' instructions.
+    pub fn uses_kvm(&self) -> bool {
+        matches!(self.accelerator, Accelerator::Kvm { .. })
+    }
+
+    /// Why KVM is not used, where it is not.
+    pub fn why_not_kvm(&self) -> Option<&KvmUnusable> {
+        self.why_not_kvm.as_ref()
+    }
+
+    /// Starts a machine whose network cable is `tap`, in the network namespace `namespace`. Returns as
+    /// soon as QEMU's process is there: what becomes of it is seen at the machine's descriptors. On
+    /// failure nothing runs. Blocks for milliseconds.
+    pub fn start(
+        &self,
+        spec: &MachineSpec,
+        tap: Tap,
+        namespace: BorrowedFd<'_>,
+    ) -> Result<Machine, VmmError> {
+        check(spec)?;
+        let kernel = open_for_all(&spec.kernel)?;
+        let initramfs = spec.initramfs.as_deref().map(open_for_all).transpose()?;
+        let memory = memfd::private(c"guest memory", u64::from(spec.memory_mb) << 20, spec.uid, spec.gid)
+            .map_err(system("making the memory of", Path::new(&spec.name)))?;
+        let disks: Vec<OpenDisk> = spec.disks.iter().map(OpenDisk::open).collect::<Result<_, _>>()?;
+        let (listeners, connections) = machine::create_sockets(&spec.directory)?;
+        let errors = Capture::new(c"qemu output", DIAGNOSTICS_BYTES)
+            .map_err(system("making the output of", &self.program))?;
+
+        let disk_fds: Vec<DiskFds> = disks.iter().map(OpenDisk::fds).collect();
+        let arguments = arguments::arguments(&Inputs {
+            accelerator: self.accelerator,
+            name: &spec.name,
+            vcpus: spec.vcpus,
+            memory_mb: spec.memory_mb,
+            command_line: &spec.command_line,
+            guest_mac: spec.guest_mac,
+            kernel: kernel.as_raw_fd(),
+            initramfs: initramfs.as_ref().map(AsRawFd::as_raw_fd),
+            memory: memory.as_raw_fd(),
+            tap: tap.as_fd().as_raw_fd(),
+            monitor: listeners.monitor.as_raw_fd(),
+            console: listeners.console.as_raw_fd(),
+            disks: &disk_fds,
+        });
+        let mut inherit = vec![kernel.as_fd(), memory.as_fd(), tap.as_fd()];
+        inherit.extend([listeners.monitor.as_fd(), listeners.console.as_fd()]);
+        inherit.extend(initramfs.iter().map(AsFd::as_fd));
+        inherit.extend(disks.iter().flat_map(OpenDisk::borrow));
+
+        let output =
+            || errors.writer().map(Stdio::from).map_err(system("making the output of", &self.program));
+        let mut command = Command::new(&self.program);
+        command.args(arguments).env_clear().current_dir("/");
+        command.stdin(Stdio::null()).stdout(output()?).stderr(output()?);
+        let mut child = spawn(&mut command, &self.confinement(spec, namespace, &inherit))
+            .map_err(system("starting", &self.program))?;
+        match Process::child(child.id()) {
+            Ok(process) => Ok(Machine::started(process, connections, Some(errors))),
+            Err(e) => {
+                // Without a descriptor there is no watching it: it goes, and the first error is the one
+                // to tell.
+                let _ = child.kill().and_then(|()| child.wait());
+                Err(system("opening the process of", &self.program)(e))
+            }
+        }
+    }
+
+    fn confinement<'a>(
+        &'a self,
+        spec: &MachineSpec,
+        namespace: BorrowedFd<'a>,
+        inherit: &'a [BorrowedFd<'a>],
+    ) -> Confinement<'a> {
+        let groups: &[u32] = match &self.accelerator {
+            Accelerator::Kvm { group } => group.as_slice(),
+            Accelerator::Tcg => &[],
+        };
+        let identity = Some(Identity { uid: spec.uid, gid: spec.gid });
+        Confinement { namespace: Some(namespace), identity, groups, inherit }
+    }
+}
+
+/// `7.2.22` of `QEMU emulator version 7.2.22 (Debian ...)`, when that is new enough.
+fn parse_version(says: &str) -> Option<String> {
+    let version = says.strip_prefix("QEMU emulator version ")?.split_whitespace().next()?;
+    let major: u32 = version.split('.').next()?.parse().ok()?;
+    (major >= OLDEST_MAJOR).then(|| version.to_owned())
+}
+
+fn check(spec: &MachineSpec) -> Result<(), VmmError> {
+    let invalid = |reason: String| Err(VmmError::Invalid { reason });
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if spec.name.is_empty() || spec.name.len() > MAX_NAME_BYTES || !spec.name.chars().all(plain) {
+        return invalid(format!("{:?} cannot be a machine's name", spec.name));
+    }
+    if !(1..=MAX_VCPUS).contains(&spec.vcpus) {
+        return invalid(format!("{} virtual CPUs: 1 to {MAX_VCPUS} are possible", spec.vcpus));
+    }
+    if !(MIN_MEMORY_MB..=MAX_MEMORY_MB).contains(&spec.memory_mb) {
+        return invalid(format!(
+            "{} MiB of memory: {MIN_MEMORY_MB} to {MAX_MEMORY_MB} are possible",
+            spec.memory_mb
+        ));
+    }
+    if spec.command_line.len() > MAX_COMMAND_LINE_BYTES || spec.command_line.contains('\0') {
+        return invalid(format!(
+            "a kernel command line of {} bytes: {MAX_COMMAND_LINE_BYTES} are possible",
+            spec.command_line.len()
+        ));
+    }
+    if spec.uid == 0 || spec.gid == 0 {
+        return invalid("a machine never runs as root".into());
+    }
+    Ok(())
+}
+
+/// Opens a file that QEMU opens once more by its descriptor, for which it needs the right to.
+fn open_for_all(path: &Path) -> Result<File, VmmError> {
+    let file = File::open(path).map_err(system("opening", path))?;
+    let mode = file.metadata().map_err(system("examining", path))?.permissions().mode();
+    if mode & READABLE_FOR_ALL == 0 {
+        return Err(VmmError::NotReadable { path: path.to_owned() });
+    }
+    Ok(file)
+}
+
+struct OpenDisk<'a> {
+    image: &'a DiskImage,
+    file: File,
+    backing: Option<File>,
+}
+
+impl OpenDisk<'_> {
+    fn open(image: &DiskImage) -> Result<OpenDisk<'_>, VmmError> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&image.path)
+            .map_err(system("opening", &image.path))?;
+        let backing = match &image.backing {
+            Some(path) => Some(File::open(path).map_err(system("opening", path))?),
+            None => None,
+        };
+        Ok(OpenDisk { image, file, backing })
+    }
+
+    fn fds(&self) -> DiskFds {
+        let backing = self.backing.as_ref().map(AsRawFd::as_raw_fd);
+        DiskFds { format: self.image.format, file: self.file.as_raw_fd(), backing }
+    }
+
+    fn borrow(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        std::iter::once(self.file.as_fd()).chain(self.backing.iter().map(AsFd::as_fd))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::MacAddress;
+
+    #[test]
+    fn versions_are_read_and_old_ones_refused() {
+        let says = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright (c)";
+        assert_eq!(parse_version(says).as_deref(), Some("7.2.22"));
+        assert_eq!(parse_version("QEMU emulator version 10.0.2\n").as_deref(), Some("10.0.2"));
+        assert_eq!(parse_version("QEMU emulator version 6.2.0\n"), None);
+        assert_eq!(parse_version("bash, version 5"), None);
+        assert_eq!(parse_version(""), None);
+    }
+
+    #[test]
+    fn a_machine_that_cannot_be_is_refused_before_anything_is_made() {
+        let good = MachineSpec {
+            name: "cap-1".into(),
+            vcpus: 1,
+            memory_mb: 256,
+            kernel: "/k".into(),
+            initramfs: None,
+            command_line: String::new(),
+            disks: Vec::new(),
+            guest_mac: MacAddress([2, 0, 0, 0, 0, 1]),
+            uid: 100_001,
+            gid: 100_001,
+            directory: "/d".into(),
+        };
+        assert!(check(&good).is_ok());
+        let bad = [
+            MachineSpec { name: "a,b".into(), ..good.clone() },
+            MachineSpec { name: String::new(), ..good.clone() },
+            MachineSpec { vcpus: 0, ..good.clone() },
+            MachineSpec { vcpus: 65, ..good.clone() },
+            MachineSpec { memory_mb: 63, ..good.clone() },
+            MachineSpec { memory_mb: MAX_MEMORY_MB + 1, ..good.clone() },
+            MachineSpec { command_line: "x".repeat(2_048), ..good.clone() },
+            MachineSpec { uid: 0, ..good.clone() },
+            MachineSpec { gid: 0, ..good.clone() },
+        ];
+        for spec in bad {
+            assert!(matches!(check(&spec), Err(VmmError::Invalid { .. })), "{spec:?}");
+        }
+    }
+}
