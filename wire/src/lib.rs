@@ -8,6 +8,7 @@
 //! | [`codec`] | primitive encodings |
 //! | `config` | the daemons' variables and `.env` file (feature `reactor`) |
 //! | [`frame`] | the frame header and frame types |
+//! | [`http1`] | HTTP/1.1 |
 //! | [`message`] | every message |
 //! | [`auth`] | SCRAM-SHA-256 and the keys that follow from it |
 //! | [`session`] | one connection: handshake, streams, credit, keep-alive |
@@ -19,6 +20,7 @@ pub mod codec;
 #[cfg(feature = "reactor")]
 pub mod config;
 pub mod frame;
+pub mod http1;
 pub mod message;
 pub mod session;
 pub mod websocket;
