@@ -1,0 +1,248 @@
+//! Capsules: one microVM each, with everything that belongs to it.
+//!
+//! - [`lifecycle`]: the pure state machine; what happens next is decided there and nowhere else
+//! - [`failure`]: why one could not be made, ended, or could not be removed
+//! - [`spec`]: what was asked for, checked
+//! - `executor`: does what the state machine says, through worker jobs
+//! - `guest`: the way to the guest daemon
+//! - [`metadata`]: the guest's metadata service
+//! - [`record`]: what a capsule owns, on disk
+//! - [`recovery`]: clearing away what an agent that died has left
+
+pub mod failure;
+pub mod lifecycle;
+pub mod metadata;
+pub mod record;
+pub mod recovery;
+pub mod spec;
+
+mod executor;
+mod guest;
+
+pub use executor::CapsuleReport;
+pub use guest::{Greeting, GuestLink, GuestSession};
+pub use spec::{Spec, SpecError};
+
+use crate::context::{Context, PeerId, TimerKey};
+use crate::disk::Disk;
+use crate::net::{CapsuleNetwork, GUEST_ADDRESS, Slot, Tap};
+use crate::vmm::Machine;
+use lifecycle::{Action, Event, Lifecycle};
+use metadata::MetadataService;
+use mio::Token;
+use record::Record;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use wire::message::{CapsuleInfo, CapsuleState};
+use wire::session::StreamId;
+
+/// A capsule's number in this run of the agent, never used twice.
+pub type CapsuleKey = u64;
+
+/// The user and group ids of VMMs: this plus the capsule's first slot. The range is free on a Debian
+/// system and with systemd (its "Users, Groups, UIDs and GIDs"), subordinate ids included.
+pub const FIRST_UID: u32 = 2_000_000_000;
+/// The most requests that may wait for the end of one capsule.
+pub const MAX_WAITERS: usize = 64;
+const MIB: u64 = 1024 * 1024;
+
+/// What of a capsule a readiness event belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// The VMM's process has ended.
+    Exit,
+    /// The VMM's control socket.
+    Monitor,
+    /// The guest's console.
+    Console,
+    /// The metadata listener.
+    Metadata,
+    /// A connection to the metadata service.
+    MetadataConnection,
+    /// The connection to the guest daemon.
+    Guest,
+}
+
+/// What of a capsule a timer is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum CapsuleTimer {
+    /// Creating has taken too long.
+    Deadline,
+    /// The next attempt to connect to the guest daemon.
+    Guest,
+    /// The guest session has something to do.
+    GuestSession,
+    /// The VMM was killed and has not ended.
+    Kill,
+    /// Another try of a removal.
+    Retry,
+    /// A metadata connection is too slow.
+    Metadata,
+}
+
+/// Somebody who waits for an answer: a stream of a control plane's session.
+pub type Waiter = (PeerId, StreamId);
+
+/// One capsule.
+pub struct Capsule {
+    /// Its number in this run of the agent.
+    pub key: CapsuleKey,
+    /// What was asked for.
+    pub spec: Spec,
+    /// Where it is in its life.
+    pub lifecycle: Lifecycle,
+    /// The connection to its guest daemon.
+    pub guest: GuestLink,
+    /// Who waits for it to run.
+    pub creator: Option<Waiter>,
+    /// Who waits for it to be gone.
+    pub destroyers: Vec<Waiter>,
+    /// Streams of the guest session that belong to a control plane's stream.
+    pub forwards: BTreeMap<StreamId, Waiter>,
+    /// When it was asked for, in the agent's milliseconds.
+    pub begun_ms: u64,
+    directory: PathBuf,
+    record: Record,
+    secret: Vec<u8>,
+    slot: Option<Slot>,
+    network: Option<CapsuleNetwork>,
+    network_attempts: u32,
+    tap: Option<Tap>,
+    disk: Option<Box<dyn Disk>>,
+    disk_mb: u32,
+    machine: Option<Machine>,
+    machine_tokens: Vec<Token>,
+    shutdown_reason: Option<String>,
+    metadata: Option<MetadataService>,
+    guest_attempts: u32,
+    last_guest_error: String,
+    envd_version: String,
+}
+
+impl Capsule {
+    /// A capsule of which nothing exists yet, in `slot`.
+    pub fn new(key: CapsuleKey, spec: Spec, directory: PathBuf, slot: Slot, now_ms: u64) -> Capsule {
+        let record = Record {
+            version: record::VERSION,
+            capsule_id: spec.id.clone(),
+            template: spec.template.clone(),
+            vcpus: spec.vcpus,
+            memory_mb: spec.memory_mb,
+            uid: FIRST_UID + slot.index(),
+            slot: None,
+            machine: None,
+        };
+        Capsule {
+            key,
+            spec,
+            lifecycle: Lifecycle::new(),
+            guest: GuestLink::Down,
+            creator: None,
+            destroyers: Vec::new(),
+            forwards: BTreeMap::new(),
+            begun_ms: now_ms,
+            directory,
+            record,
+            secret: crate::context::random_bytes::<32>().to_vec(),
+            slot: Some(slot),
+            network: None,
+            network_attempts: 0,
+            tap: None,
+            disk: None,
+            disk_mb: 0,
+            machine: None,
+            machine_tokens: Vec::new(),
+            shutdown_reason: None,
+            metadata: None,
+            guest_attempts: 0,
+            last_guest_error: String::new(),
+            envd_version: String::new(),
+        }
+    }
+
+    /// Where it is in its life.
+    pub fn state(&self) -> CapsuleState {
+        self.lifecycle.state()
+    }
+
+    /// Whether it holds memory and CPUs of the host.
+    pub fn holds_resources(&self) -> bool {
+        !self.lifecycle.is_down()
+    }
+
+    /// Feeds the state machine and does what it says as far as the capsule can by itself. The actions
+    /// that are for others are returned in order.
+    pub fn handle(&mut self, ctx: &mut Context, event: Event) -> Vec<Action> {
+        let mut for_others = Vec::new();
+        let mut events = std::collections::VecDeque::from([event]);
+        // Ends: every event either moves a part towards the goal or waits for a worker or timer.
+        while let Some(event) = events.pop_front() {
+            log::trace!("capsule {}: {event:?}", self.spec.id);
+            for action in self.lifecycle.handle(event) {
+                match action {
+                    Action::Make(part) => events.extend(self.make(ctx, part)),
+                    Action::Remove(part) => events.extend(self.remove(ctx, part)),
+                    Action::RetryAfter(wait_ms) => self.set_timer(ctx, CapsuleTimer::Retry, wait_ms),
+                    other => {
+                        if matches!(other, Action::Created | Action::Forget | Action::Ended) {
+                            ctx.timers.clear(TimerKey::Capsule(self.key, CapsuleTimer::Deadline));
+                        }
+                        if matches!(other, Action::Forget | Action::Ended) {
+                            // It had a slot from the start, perhaps never a network.
+                            self.free_slot(ctx);
+                        }
+                        for_others.push(other);
+                    }
+                }
+            }
+        }
+        for_others
+    }
+
+    /// What is told of it.
+    pub fn info(&self, ctx: &Context) -> CapsuleInfo {
+        let used = self.disk.as_ref().and_then(|d| d.allocated_bytes().ok()).unwrap_or(0);
+        let mut metadata = Vec::new();
+        if self.state() == CapsuleState::Running {
+            metadata = vec![
+                ("agent_version".into(), env!("CARGO_PKG_VERSION").into()),
+                ("envd_version".into(), self.envd_version.clone()),
+                ("kernel_version".into(), ctx.host.kernel.version.clone()),
+                ("vmm_version".into(), ctx.host.qemu.describe()),
+            ];
+        }
+        CapsuleInfo {
+            capsule_id: self.spec.id.clone(),
+            state: self.state(),
+            template: self.spec.template.clone(),
+            vcpus: self.spec.vcpus,
+            memory_mb: self.spec.memory_mb,
+            disk_size_mb: self.disk_mb,
+            disk_used_mb: u32::try_from(used.div_ceil(MIB)).unwrap_or(u32::MAX),
+            guest_ip: GUEST_ADDRESS.to_string(),
+            host_ip: self.slot.map(|s| s.host_ip().to_string()).unwrap_or_default(),
+            metadata,
+        }
+    }
+
+    /// The session to its guest daemon, if streams may be opened on it.
+    pub fn welcome_guest(&mut self) -> Option<&mut GuestSession> {
+        match &mut self.guest {
+            GuestLink::Up(guest) if guest.is_welcome() => Some(guest),
+            _ => None,
+        }
+    }
+
+    /// The session to its guest daemon, whatever its state.
+    pub fn session(&mut self) -> Option<&mut GuestSession> {
+        match &mut self.guest {
+            GuestLink::Up(guest) => Some(guest),
+            _ => None,
+        }
+    }
+
+    fn set_timer(&self, ctx: &mut Context, timer: CapsuleTimer, wait_ms: u64) {
+        let at = ctx.now_ms() + wait_ms;
+        ctx.timers.set(TimerKey::Capsule(self.key, timer), at);
+    }
+}

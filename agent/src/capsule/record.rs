@@ -1,0 +1,150 @@
+//! What a capsule owns on this host, written down before it is made: one small file in the capsule's
+//! directory. An agent that finds it at its start knows what an agent that died has left behind.
+//!
+//! A record is written whole to a new file and renamed over the old one, so there is always one whole
+//! record. Before a step that makes something, the record names it; what it names may therefore not exist.
+
+use crate::net::slot::Slot;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// The version of the form below; a record of another version is not touched.
+pub const VERSION: u32 = 1;
+/// The longest record that is read, in bytes.
+pub const MAX_RECORD_BYTES: u64 = 65_536;
+const FILE_NAME: &str = "record.json";
+const NEW_FILE_NAME: &str = "record.json.new";
+
+/// A process, told apart from a later one with the same number by its start time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessRecord {
+    /// Its number.
+    pub pid: u32,
+    /// When it started, in clock ticks since boot (field 22 of /proc/PID/stat).
+    pub start_ticks: u64,
+}
+
+/// One capsule's belongings.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The capsule's id, which is its directory's name too.
+    pub capsule_id: String,
+    /// Its template.
+    pub template: String,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mb: u32,
+    /// The user and group of its VMM.
+    pub uid: u32,
+    /// Its network slot, once it is to have one.
+    pub slot: Option<u32>,
+    /// Its VMM, once it runs.
+    pub machine: Option<ProcessRecord>,
+}
+
+impl Record {
+    /// The slot, if there is one.
+    pub fn slot(&self) -> Option<Slot> {
+        self.slot.and_then(Slot::new)
+    }
+
+    /// Makes the capsule's directory with this record. Blocks.
+    ///
+    /// # Errors
+    /// `AlreadyExists` when there is such a directory; it is then left alone.
+    pub fn create(&self, directory: &Path) -> io::Result<()> {
+        DirBuilder::new().mode(0o700).create(directory)?;
+        self.write(directory).inspect_err(|_| {
+            // The failure to write is the one to tell; an empty directory is cleared at the next start.
+            let _ = fs::remove_dir_all(directory);
+        })
+    }
+
+    /// Replaces the record in the capsule's directory. Blocks until it is on disk.
+    pub fn write(&self, directory: &Path) -> io::Result<()> {
+        let new = directory.join(NEW_FILE_NAME);
+        let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&new)?;
+        file.write_all(&serde_json::to_vec(self)?)?;
+        file.sync_data()?;
+        fs::rename(&new, directory.join(FILE_NAME))?;
+        File::open(directory)?.sync_all()
+    }
+
+    /// The record in a capsule's directory; `None` when there is none yet. Blocks.
+    pub fn read(directory: &Path) -> io::Result<Option<Record>> {
+        let path = directory.join(FILE_NAME);
+        match fs::metadata(&path) {
+            Ok(m) if m.len() > MAX_RECORD_BYTES => {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "the record is too long"));
+            }
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(e),
+        }
+        let record: Record = serde_json::from_slice(&fs::read(&path)?)?;
+        if record.version != VERSION {
+            let text = format!("the record has version {}, this agent knows {VERSION}", record.version);
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
+        Ok(Some(record))
+    }
+}
+
+/// Removes a capsule's directory with all in it; one that is gone is no error. Blocks.
+pub fn remove(directory: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(directory) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        other => other?,
+    }
+    let parent = directory.parent().map(PathBuf::from).unwrap_or_default();
+    File::open(parent)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> Record {
+        Record {
+            version: VERSION,
+            capsule_id: "cl-1".into(),
+            template: "minimal".into(),
+            vcpus: 1,
+            memory_mb: 256,
+            uid: 7,
+            slot: None,
+            machine: None,
+        }
+    }
+
+    #[test]
+    fn a_record_is_written_replaced_read_and_removed() {
+        let directory = std::env::temp_dir().join(format!("wrenn-record-{}", std::process::id()));
+        assert!(Record::read(&directory).expect("no directory").is_none());
+        let mut record = record();
+        record.create(&directory).expect("created");
+        assert_eq!(record.create(&directory).map_err(|e| e.kind()), Err(io::ErrorKind::AlreadyExists));
+        record.slot = Some(7);
+        record.machine = Some(ProcessRecord { pid: 1, start_ticks: 2 });
+        record.write(&directory).expect("written");
+        let read = Record::read(&directory).expect("read").expect("there");
+        assert_eq!(read, record);
+        assert_eq!(read.slot().map(Slot::index), Some(7));
+        for bad in ["", "{", "{\"version\":1}", "[]"] {
+            fs::write(directory.join(FILE_NAME), bad).expect("written");
+            assert!(Record::read(&directory).is_err(), "{bad:?}");
+        }
+        record.version = 2;
+        record.write(&directory).expect("written");
+        assert!(Record::read(&directory).is_err());
+        remove(&directory).expect("removed");
+        remove(&directory).expect("removed again");
+        assert!(!directory.exists());
+    }
+}

@@ -1,0 +1,194 @@
+//! At the start of the agent: clears away what an agent that died has left, as its records name it, and
+//! nothing else.
+
+use super::record::{self, Record};
+use crate::layout::{Layout, is_capsule_id};
+use crate::net::netns;
+use crate::net::slot::Slot;
+use crate::net::{NetError, destroy_remains};
+use crate::sys::pidfd::Process;
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// How long a process may take to end once it is killed, in milliseconds.
+const KILL_TIMEOUT_MS: i32 = 10_000;
+/// The most directories that are looked at.
+const MAX_DIRECTORIES: usize = 65_536;
+
+/// Why something could not be cleared away.
+#[derive(Debug)]
+pub enum RecoveryError {
+    /// A file system call or a signal failed.
+    Io {
+        /// What was tried.
+        step: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The failure.
+        source: io::Error,
+    },
+    /// A process did not end.
+    StillRuns {
+        /// Its number.
+        pid: u32,
+    },
+    /// The network could not be removed.
+    Net(NetError),
+}
+
+impl fmt::Display for RecoveryError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RecoveryError::Io { step, path, source } => write!(f, "{step} {}: {source}", path.display()),
+            RecoveryError::StillRuns { pid } => write!(f, "process {pid} did not end although it was killed"),
+            RecoveryError::Net(e) => e.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for RecoveryError {}
+
+/// What was found and done.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Capsules that were cleared away.
+    pub cleared: usize,
+    /// Capsules that could not be, with their slots, which must not be given out.
+    pub left: Vec<(String, Option<Slot>)>,
+}
+
+/// Clears away every capsule that has a directory. Blocks.
+///
+/// # Errors
+/// The directory of capsules cannot be listed. What goes wrong with one capsule is logged, and it is
+/// left for the next start.
+pub fn recover(layout: &Layout) -> Result<Summary, RecoveryError> {
+    let sandboxes = layout.sandboxes();
+    let entries = fs::read_dir(&sandboxes).map_err(|source| RecoveryError::Io {
+        step: "listing",
+        path: sandboxes.clone(),
+        source,
+    })?;
+    let mut summary = Summary::default();
+    for entry in entries.take(MAX_DIRECTORIES).flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !is_capsule_id(&name) || !entry.file_type().is_ok_and(|t| t.is_dir()) {
+            log::warn!("{} is not a capsule's directory: left alone", entry.path().display());
+            continue;
+        }
+        let record = Record::read(&entry.path());
+        let slot = record.as_ref().ok().and_then(|r| r.as_ref()?.slot());
+        match record
+            .map_err(io_error("reading the record of", &entry.path()))
+            .and_then(|record| clear(&entry.path(), record.as_ref()))
+        {
+            Ok(()) => {
+                log::info!("capsule {name}: left by an earlier agent, cleared away");
+                summary.cleared += 1;
+            }
+            Err(e) => {
+                log::error!("capsule {name}: left by an earlier agent, not cleared away: {e}");
+                summary.left.push((name, slot));
+            }
+        }
+    }
+    Ok(summary)
+}
+
+/// Removes one capsule's belongings in the order of its teardown. Without a record nothing but the
+/// directory was made.
+fn clear(directory: &Path, record: Option<&Record>) -> Result<(), RecoveryError> {
+    if let Some(machine) = record.and_then(|r| r.machine) {
+        match Process::adopt(machine.pid, machine.start_ticks) {
+            Ok(process) => kill(process)?,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(io_error("opening the process of", directory)(e)),
+        }
+    }
+    if let Some(slot) = record.and_then(Record::slot) {
+        // A VMM that was started just before the agent died is in no record, but it is in the namespace.
+        for process in processes_in(&slot.namespace_name())? {
+            kill(process)?;
+        }
+        destroy_remains(slot).map_err(RecoveryError::Net)?;
+    }
+    record::remove(directory).map_err(io_error("removing", directory))
+}
+
+fn kill(mut process: Process) -> Result<(), RecoveryError> {
+    let path = PathBuf::from(format!("/proc/{}", process.pid()));
+    process.kill().map_err(io_error("killing", &path))?;
+    match process.wait(KILL_TIMEOUT_MS).map_err(io_error("waiting for", &path))? {
+        Some(_) => Ok(()),
+        None => Err(RecoveryError::StillRuns { pid: process.pid() }),
+    }
+}
+
+/// The processes in a named network namespace; none when there is no such namespace.
+fn processes_in(namespace: &str) -> Result<Vec<Process>, RecoveryError> {
+    let path = Path::new(netns::DIRECTORY).join(namespace);
+    let wanted = match fs::metadata(&path) {
+        Ok(m) => (m.dev(), m.ino()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(io_error("looking at", &path)(e)),
+    };
+    let own = fs::metadata("/proc/self/ns/net").map(|m| (m.dev(), m.ino()));
+    if own.is_ok_and(|own| own == wanted) {
+        return Ok(Vec::new());
+    }
+    let entries = fs::read_dir("/proc").map_err(io_error("listing", Path::new("/proc")))?;
+    let mut found = Vec::new();
+    for pid in entries.flatten().filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok()) {
+        // A process that ends while it is looked at is one less to kill.
+        let inside = fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|m| (m.dev(), m.ino()) == wanted);
+        if inside && let Ok(process) = Process::child(pid) {
+            found.push(process);
+        }
+    }
+    Ok(found)
+}
+
+fn io_error(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RecoveryError {
+    let path = path.to_path_buf();
+    move |source| RecoveryError::Io { step, path, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_capsules_directories_are_cleared() {
+        let root = std::env::temp_dir().join(format!("wrenn-recovery-{}", std::process::id()));
+        let layout = Layout::new(&root);
+        layout.prepare().expect("prepared");
+        let sandboxes = layout.sandboxes();
+        for directory in ["cl-empty", "cl-dead", "cl-odd", "Not-a-capsule"] {
+            fs::create_dir(sandboxes.join(directory)).expect("made");
+        }
+        fs::write(sandboxes.join("file"), "x").expect("written");
+        fs::write(sandboxes.join("cl-odd/record.json"), "{").expect("written");
+        let record = Record {
+            version: record::VERSION,
+            capsule_id: "cl-dead".into(),
+            template: "minimal".into(),
+            vcpus: 1,
+            memory_mb: 256,
+            uid: 1,
+            slot: None,
+            // Process 1 runs, but did not start then.
+            machine: Some(record::ProcessRecord { pid: 1, start_ticks: u64::MAX }),
+        };
+        record.write(&sandboxes.join("cl-dead")).expect("written");
+        let summary = recover(&layout).expect("recovered");
+        assert_eq!(summary, Summary { cleared: 2, left: vec![("cl-odd".into(), None)] });
+        let left = fs::read_dir(&sandboxes).expect("listed").flatten().map(|e| e.file_name());
+        let mut left: Vec<_> = left.collect();
+        left.sort();
+        assert_eq!(left, ["Not-a-capsule", "cl-odd", "file"]);
+        fs::remove_dir_all(&root).expect("removed");
+    }
+}

@@ -1,0 +1,303 @@
+//! What a capsule shall be, checked before anything is made.
+
+use crate::context::Host;
+use crate::layout::{LayoutError, is_capsule_id};
+use std::fmt;
+use std::path::PathBuf;
+use wire::codec::Bytes;
+use wire::message::{CapsuleCreate, Code};
+
+/// Fewest and most virtual CPUs.
+pub const VCPUS: std::ops::RangeInclusive<u32> = 1..=64;
+/// Least and most memory, in MiB.
+pub const MEMORY_MB: std::ops::RangeInclusive<u32> = 128..=1_048_576;
+/// The longest deadline that may be asked for, in milliseconds.
+pub const MAX_DEADLINE_MS: u32 = 600_000;
+/// The most variables in the default environment.
+pub const MAX_ENVIRONMENT: usize = 256;
+/// The most bytes of all names and values of the default environment.
+pub const MAX_ENVIRONMENT_BYTES: usize = 32 * 1024;
+/// Memory that capsules never get, in MiB: the host's own programs and each VMM's overhead live in it.
+pub const HOST_RESERVE_MB: u32 = 512;
+/// How many virtual CPUs all capsules together may have for each core: a capsule is idle most of the time.
+pub const VCPUS_PER_CORE: u32 = 8;
+const MIB: u64 = 1024 * 1024;
+
+/// What a capsule shall be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Spec {
+    /// Its id: directory, host name and VMM name.
+    pub id: String,
+    /// The template's name.
+    pub template: String,
+    /// The template's image.
+    pub image: PathBuf,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mb: u32,
+    /// Size of the root disk in bytes; `None` for the template's own.
+    pub disk_bytes: Option<u64>,
+    /// Whether the guest may reach the internet.
+    pub allow_internet: bool,
+    /// Default environment of its processes.
+    pub environment: Vec<(Bytes, Bytes)>,
+    /// When creating is given up, in milliseconds after its begin.
+    pub deadline_ms: u64,
+}
+
+/// Memory and CPUs that capsules hold.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Reserved {
+    /// Memory in MiB.
+    pub memory_mb: u64,
+    /// Virtual CPUs.
+    pub vcpus: u64,
+}
+
+/// Why a capsule is not admitted.
+#[derive(Debug)]
+pub enum SpecError {
+    /// The id or the template cannot be used.
+    Layout(LayoutError),
+    /// A number is out of its range.
+    OutOfRange {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// The least.
+        min: u64,
+        /// The most.
+        max: u64,
+    },
+    /// The disk is smaller than the template.
+    DiskTooSmall {
+        /// Asked for, in MiB.
+        asked_mb: u64,
+        /// The template's size, in MiB.
+        template_mb: u64,
+    },
+    /// The environment is too large or has names that are none.
+    BadEnvironment(String),
+    /// More than the host has, however empty it is.
+    LargerThanHost {
+        /// What.
+        what: &'static str,
+        /// Asked for.
+        asked: u64,
+        /// What the host has for capsules.
+        has: u64,
+    },
+    /// More than the host has left.
+    HostFull {
+        /// What.
+        what: &'static str,
+        /// Asked for.
+        asked: u64,
+        /// What is left.
+        left: u64,
+    },
+}
+
+impl SpecError {
+    /// The error code that the far end gets.
+    pub fn code(&self) -> Code {
+        match self {
+            SpecError::Layout(LayoutError::NoTemplate { .. }) => Code::NotFound,
+            SpecError::Layout(LayoutError::Io { .. }) => Code::Internal,
+            SpecError::HostFull { .. } => Code::ResourceExhausted,
+            _ => Code::InvalidRequest,
+        }
+    }
+}
+
+impl fmt::Display for SpecError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SpecError::Layout(e) => e.fmt(f),
+            SpecError::OutOfRange { field, value, min, max } => {
+                write!(f, "{field} is {value}, but may be {min} to {max}")
+            }
+            SpecError::DiskTooSmall { asked_mb, template_mb } => write!(
+                f,
+                "disk_size_mb is {asked_mb}, but the template needs {template_mb}; ask for that or for 0"
+            ),
+            SpecError::BadEnvironment(why) => write!(f, "the environment {why}"),
+            SpecError::LargerThanHost { what, asked, has } => {
+                write!(f, "{asked} {what} asked for, but this host has only {has} for capsules")
+            }
+            SpecError::HostFull { what, asked, left } => write!(
+                f,
+                "{asked} {what} asked for, but this host has only {left} left; destroy a capsule or try \
+                 another host"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for SpecError {}
+
+impl From<LayoutError> for SpecError {
+    fn from(e: LayoutError) -> SpecError {
+        SpecError::Layout(e)
+    }
+}
+
+impl Spec {
+    /// Checks a request against its own bounds and against what the host has and has left. Blocks for a
+    /// `stat` or two.
+    pub fn admit(request: &CapsuleCreate, host: &Host, reserved: Reserved) -> Result<Spec, SpecError> {
+        if !is_capsule_id(&request.capsule_id) {
+            return Err(LayoutError::BadCapsuleId(request.capsule_id.clone()).into());
+        }
+        in_range("vcpus", request.vcpus, &VCPUS)?;
+        in_range("memory_mb", request.memory_mb, &MEMORY_MB)?;
+        in_range("deadline_ms", request.deadline_ms, &(0..=MAX_DEADLINE_MS))?;
+        check_environment(&request.environment)?;
+        let capacity = Reserved {
+            memory_mb: u64::from(host.memory_mb.saturating_sub(HOST_RESERVE_MB)),
+            vcpus: u64::from(host.cpu_cores * VCPUS_PER_CORE),
+        };
+        fits("MiB of memory", request.memory_mb, capacity.memory_mb, reserved.memory_mb)?;
+        if request.vcpus > host.cpu_cores {
+            let (asked, has) = (u64::from(request.vcpus), u64::from(host.cpu_cores));
+            return Err(SpecError::LargerThanHost { what: "virtual CPUs", asked, has });
+        }
+        fits("virtual CPUs", request.vcpus, capacity.vcpus, reserved.vcpus)?;
+        let image = host.layout.template(&request.template)?;
+        let template_bytes = std::fs::metadata(&image).map_or(0, |m| m.len());
+        let asked_bytes = u64::from(request.disk_size_mb) * MIB;
+        if asked_bytes != 0 && asked_bytes < template_bytes {
+            return Err(SpecError::DiskTooSmall {
+                asked_mb: u64::from(request.disk_size_mb),
+                template_mb: template_bytes.div_ceil(MIB),
+            });
+        }
+        Ok(Spec {
+            id: request.capsule_id.clone(),
+            template: request.template.clone(),
+            image,
+            vcpus: request.vcpus,
+            memory_mb: request.memory_mb,
+            disk_bytes: (asked_bytes != 0).then_some(asked_bytes),
+            allow_internet: request.allow_internet,
+            environment: request.environment.clone(),
+            deadline_ms: match request.deadline_ms {
+                0 => host.create_deadline_ms,
+                asked => u64::from(asked),
+            },
+        })
+    }
+}
+
+fn in_range(field: &'static str, value: u32, range: &std::ops::RangeInclusive<u32>) -> Result<(), SpecError> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    let (min, max) = (u64::from(*range.start()), u64::from(*range.end()));
+    Err(SpecError::OutOfRange { field, value: u64::from(value), min, max })
+}
+
+fn fits(what: &'static str, asked: u32, has: u64, reserved: u64) -> Result<(), SpecError> {
+    let (asked, left) = (u64::from(asked), has.saturating_sub(reserved));
+    if asked > has {
+        Err(SpecError::LargerThanHost { what, asked, has })
+    } else if asked > left {
+        Err(SpecError::HostFull { what, asked, left })
+    } else {
+        Ok(())
+    }
+}
+
+fn check_environment(environment: &[(Bytes, Bytes)]) -> Result<(), SpecError> {
+    let bad = |why: String| Err(SpecError::BadEnvironment(why));
+    if environment.len() > MAX_ENVIRONMENT {
+        return bad(format!("has {} variables, at most {MAX_ENVIRONMENT} are allowed", environment.len()));
+    }
+    let bytes: usize = environment.iter().map(|(n, v)| n.0.len() + v.0.len()).sum();
+    if bytes > MAX_ENVIRONMENT_BYTES {
+        return bad(format!("has {bytes} bytes, at most {MAX_ENVIRONMENT_BYTES} are allowed"));
+    }
+    for (name, value) in environment {
+        if name.0.is_empty() || name.0.contains(&b'=') || name.0.contains(&0) || value.0.contains(&0) {
+            return bad(format!(
+                "has the variable {:?}: a name is not empty and has no '=', and neither it nor its value \
+                 has a zero byte",
+                name.lossy()
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The kernel command line of a guest. `dns` only where the guest may reach the internet.
+pub fn command_line(spec: &Spec, dns: Option<std::net::Ipv4Addr>) -> String {
+    use crate::net::{GATEWAY_ADDRESS, GUEST_ADDRESS};
+    let dns = dns.filter(|_| spec.allow_internet).map(|a| a.to_string()).unwrap_or_default();
+    format!(
+        "console=ttyS0 quiet loglevel=1 mitigations=off tsc=reliable no_timer_check reboot=t panic=-1 \
+         random.trust_cpu=on root=/dev/vda rw ip={GUEST_ADDRESS}::{GATEWAY_ADDRESS}:255.255.255.252:{}:eth0:\
+         off:{dns}",
+        spec.id
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(result: Result<(), SpecError>) -> String {
+        result.expect_err("refused").to_string()
+    }
+
+    #[test]
+    fn capacity() {
+        assert!(fits("MiB of memory", 256, 1024, 768).is_ok());
+        let full = fits("MiB of memory", 257, 1024, 768).expect_err("full");
+        assert_eq!(full.code(), Code::ResourceExhausted);
+        assert!(full.to_string().contains("only 256 left"), "{full}");
+        let never = fits("MiB of memory", 2048, 1024, 0).expect_err("larger");
+        assert_eq!(never.code(), Code::InvalidRequest);
+        assert!(fits("virtual CPUs", 1, 0, 5).is_err());
+    }
+
+    #[test]
+    fn ranges() {
+        assert!(in_range("vcpus", 1, &VCPUS).is_ok());
+        assert_eq!(refused(in_range("vcpus", 0, &VCPUS)), "vcpus is 0, but may be 1 to 64");
+        assert!(in_range("memory_mb", 127, &MEMORY_MB).is_err());
+    }
+
+    #[test]
+    fn environments() {
+        let pair = |n: &str, v: &str| (Bytes(n.as_bytes().to_vec()), Bytes(v.as_bytes().to_vec()));
+        assert!(check_environment(&[pair("A", "b=c"), pair("B", "")]).is_ok());
+        for bad in [pair("", "x"), pair("A=B", "x"), pair("A\0", "x"), pair("A", "\0")] {
+            assert!(check_environment(std::slice::from_ref(&bad)).is_err(), "{bad:?}");
+        }
+        assert!(check_environment(&vec![pair("A", "b"); MAX_ENVIRONMENT + 1]).is_err());
+        assert!(check_environment(&[pair("A", &"b".repeat(MAX_ENVIRONMENT_BYTES))]).is_err());
+    }
+
+    #[test]
+    fn command_lines() {
+        let mut spec = Spec {
+            id: "cl-1".into(),
+            template: "minimal".into(),
+            image: PathBuf::new(),
+            vcpus: 1,
+            memory_mb: 256,
+            disk_bytes: None,
+            allow_internet: true,
+            environment: Vec::new(),
+            deadline_ms: 1,
+        };
+        let dns = Some(std::net::Ipv4Addr::new(9, 9, 9, 9));
+        let ip = "root=/dev/vda rw ip=169.254.0.21::169.254.0.22:255.255.255.252:cl-1:eth0:off:";
+        assert!(command_line(&spec, dns).ends_with(&format!("{ip}9.9.9.9")), "{}", command_line(&spec, dns));
+        assert!(command_line(&spec, None).ends_with(ip));
+        spec.allow_internet = false;
+        assert!(command_line(&spec, dns).ends_with(ip));
+    }
+}

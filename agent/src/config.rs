@@ -1,0 +1,110 @@
+//! The agent's own configuration: the typed form of its variables.
+
+use crate::net::slot::Slot;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use wire::config::{ConfigError, HttpUrl, Settings};
+
+/// Everything that the environment says.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where the control plane's sessions are taken.
+    pub listen_address: SocketAddr,
+    /// The data directory.
+    pub directory: PathBuf,
+    /// The control plane; needed to register and for heartbeats.
+    pub control_plane: Option<HttpUrl>,
+    /// The QEMU program; `None` for the one on the PATH.
+    pub qemu: Option<PathBuf>,
+    /// The first and last network slot of this agent.
+    pub slots: (Slot, Slot),
+    /// The name server of guests with internet access.
+    pub guest_dns: Option<Ipv4Addr>,
+}
+
+impl Config {
+    /// The typed form of checked settings.
+    ///
+    /// # Errors
+    /// A value that its variable does not accept.
+    pub fn new(settings: &Settings) -> Result<Config, ConfigError> {
+        let (first, last) = settings.range("WRENN_SLOTS")?;
+        let slot = |index: u32| {
+            Slot::new(index).ok_or_else(|| ConfigError::Malformed {
+                name: "WRENN_SLOTS",
+                value: Some(format!("{first}-{last}")),
+                accepts: "FIRST-LAST, whole numbers from 1 to 65534".into(),
+            })
+        };
+        Ok(Config {
+            listen_address: settings.listen_address("WRENN_HOST_LISTEN_ADDR")?,
+            directory: settings.path("WRENN_DIR")?,
+            control_plane: optional(settings, "WRENN_CP_URL", Settings::http_url)?,
+            qemu: optional(settings, "WRENN_QEMU_BIN", Settings::path)?,
+            slots: (slot(first)?, slot(last)?),
+            guest_dns: optional(settings, "WRENN_GUEST_DNS", Settings::ipv4)?,
+        })
+    }
+}
+
+fn optional<T>(
+    settings: &Settings,
+    name: &'static str,
+    read: impl Fn(&Settings, &'static str) -> Result<T, ConfigError>,
+) -> Result<Option<T>, ConfigError> {
+    settings.get(name).map(|_| read(settings, name)).transpose()
+}
+
+/// The name server for guests: the configured one, else the first of the host's own `resolv.conf` (its
+/// text) that a guest could reach, which those of the host's loopback are not.
+pub fn guest_name_server(configured: Option<Ipv4Addr>, resolv_conf: &str) -> Option<Ipv4Addr> {
+    configured.or_else(|| {
+        resolv_conf
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("nameserver"))
+            .filter_map(|rest| rest.trim().parse::<Ipv4Addr>().ok())
+            .find(|address| !address.is_loopback() && !address.is_unspecified())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wire::config::Program;
+
+    fn config(pairs: &[(&str, &str)]) -> Config {
+        let pairs = pairs.iter().map(|(n, v)| (n.to_string(), v.to_string()));
+        let settings = Settings::read(Program::Agent, pairs, "").expect("settings");
+        Config::new(&settings).expect("config")
+    }
+
+    #[test]
+    fn defaults() {
+        let config = config(&[]);
+        assert_eq!(config.listen_address.to_string(), "0.0.0.0:50051");
+        assert_eq!(config.directory, PathBuf::from("/var/lib/wrenn"));
+        assert!(config.control_plane.is_none() && config.qemu.is_none() && config.guest_dns.is_none());
+        assert_eq!((config.slots.0.index(), config.slots.1.index()), (1, 65_534));
+    }
+
+    #[test]
+    fn values() {
+        let config = config(&[
+            ("WRENN_CP_URL", "http://cp:8000"),
+            ("WRENN_SLOTS", "100-199"),
+            ("WRENN_GUEST_DNS", "9.9.9.9"),
+        ]);
+        assert_eq!(config.control_plane.map(|u| u.port), Some(8000));
+        assert_eq!(config.slots.1.index(), 199);
+        assert_eq!(config.guest_dns, Some(Ipv4Addr::new(9, 9, 9, 9)));
+    }
+
+    #[test]
+    fn a_guest_gets_a_name_server_that_it_can_reach() {
+        let text =
+            "# stub\nnameserver 127.0.0.53\nnameserver ::1\nnameserver\t10.0.0.2\nnameserver 1.1.1.1\n";
+        assert_eq!(guest_name_server(None, text), Some(Ipv4Addr::new(10, 0, 0, 2)));
+        assert_eq!(guest_name_server(Some(Ipv4Addr::new(9, 9, 9, 9)), text), Some(Ipv4Addr::new(9, 9, 9, 9)));
+        assert_eq!(guest_name_server(None, "nameserver 127.0.0.1"), None);
+    }
+}

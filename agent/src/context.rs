@@ -1,0 +1,182 @@
+//! What every part of the running agent shares: the event loop's registry, timers, worker pool, clock and
+//! what the host offers.
+
+use crate::capsule::{CapsuleKey, CapsuleReport, CapsuleTimer, Source as CapsuleSource};
+use crate::config::Config;
+use crate::disk::Backend;
+use crate::layout::{Kernel, Layout};
+use crate::net::SlotAllocator;
+use crate::registration::Report as RegistrationReport;
+use crate::sys::random;
+use crate::timer::Timers;
+use crate::vmm::qemu::Qemu;
+use crate::worker::Workers;
+use mio::event::Source as MioSource;
+use mio::{Interest, Registry, Token};
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+use wire::auth::NONCE_LEN;
+
+/// The number of a control plane's connection, never used twice.
+pub type PeerId = u64;
+
+/// What a readiness event belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// The listener for control planes.
+    Listener,
+    /// A worker has finished a job.
+    Waker,
+    /// A signal has come.
+    Signals,
+    /// A control plane's connection.
+    Peer(PeerId),
+    /// Something of a capsule.
+    Capsule(CapsuleKey, CapsuleSource),
+}
+
+/// What a timer is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum TimerKey {
+    /// A control plane's session has something to do.
+    Peer(PeerId),
+    /// Something of a capsule.
+    Capsule(CapsuleKey, CapsuleTimer),
+    /// The next call to the control plane.
+    Registration,
+    /// Shutting down has taken too long.
+    Shutdown,
+}
+
+/// What a worker's job reports.
+#[derive(Debug)]
+pub enum Report {
+    /// Of a capsule.
+    Capsule(CapsuleKey, CapsuleReport),
+    /// Of a call to the control plane.
+    Registration(RegistrationReport),
+}
+
+/// What the host offers to capsules.
+#[derive(Debug)]
+pub struct Host {
+    /// The data directory.
+    pub layout: Layout,
+    /// The configuration.
+    pub config: Config,
+    /// The kernel that guests boot.
+    pub kernel: Kernel,
+    /// The virtual machine monitor.
+    pub qemu: Arc<Qemu>,
+    /// How disks are made.
+    pub disks: Backend,
+    /// CPU cores.
+    pub cpu_cores: u32,
+    /// Memory, in MiB.
+    pub memory_mb: u32,
+    /// When a create without a deadline of its own is given up, in milliseconds.
+    pub create_deadline_ms: u64,
+}
+
+/// What the running agent shares.
+pub struct Context {
+    /// The host.
+    pub host: Arc<Host>,
+    /// The event loop's registry.
+    pub registry: Registry,
+    /// The blocking jobs.
+    pub workers: Workers<Report>,
+    /// Everything that waits for a time.
+    pub timers: Timers<TimerKey>,
+    /// The network slots.
+    pub slots: SlotAllocator,
+    sources: HashMap<Token, Source>,
+    next_token: usize,
+    started: Instant,
+    now_ms: u64,
+}
+
+impl Context {
+    /// A context whose clock starts now.
+    pub fn new(host: Host, registry: Registry, workers: Workers<Report>, slots: SlotAllocator) -> Context {
+        Context {
+            host: Arc::new(host),
+            registry,
+            workers,
+            timers: Timers::default(),
+            slots,
+            sources: HashMap::new(),
+            next_token: 0,
+            started: Instant::now(),
+            now_ms: 0,
+        }
+    }
+
+    /// The time of this turn of the loop, in milliseconds since the agent started.
+    pub fn now_ms(&self) -> u64 {
+        self.now_ms
+    }
+
+    /// Reads the clock; once a turn, so that a turn sees one time.
+    pub fn update_clock(&mut self) {
+        self.now_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    }
+
+    /// When the agent started.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// A token that leads to `source`. Never used twice, so a late event of something closed finds nothing.
+    pub fn token(&mut self, source: Source) -> Token {
+        let token = Token(self.next_token);
+        self.next_token += 1;
+        self.sources.insert(token, source);
+        token
+    }
+
+    /// Registers something for reading and writing under a new token.
+    ///
+    /// # Errors
+    /// The kernel refuses it.
+    pub fn watch(&mut self, io: &mut impl MioSource, source: Source) -> io::Result<Token> {
+        let token = self.token(source);
+        let registered = self.registry.register(io, token, Interest::READABLE | Interest::WRITABLE);
+        if registered.is_err() {
+            self.forget(token);
+        }
+        registered.map(|()| token)
+    }
+
+    /// What a token leads to.
+    pub fn source(&self, token: Token) -> Option<Source> {
+        self.sources.get(&token).copied()
+    }
+
+    /// A token leads nowhere any more.
+    pub fn forget(&mut self, token: Token) {
+        self.sources.remove(&token);
+    }
+}
+
+/// A fresh nonce.
+///
+/// # Panics
+/// When the kernel gives no random numbers: nothing could go on safely.
+pub fn nonce() -> [u8; NONCE_LEN] {
+    random_bytes()
+}
+
+/// Fresh random bytes.
+///
+/// # Panics
+/// As [`nonce`].
+pub fn random_bytes<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    if let Err(e) = random::fill(&mut bytes) {
+        panic!("the kernel gives no random numbers: {e}");
+    }
+    bytes
+}

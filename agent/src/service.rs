@@ -1,0 +1,304 @@
+//! What the agent does for a control plane: the requests of one wire session.
+
+use crate::agent::{Agent, Dirty, MAX_CAPSULES};
+use crate::capsule::lifecycle::Event as LifeEvent;
+use crate::capsule::spec::Reserved;
+use crate::capsule::{Capsule, CapsuleKey, CapsuleTimer, MAX_WAITERS, Spec};
+use crate::context::{PeerId, TimerKey};
+use crate::forward::Forward;
+use crate::link::Link;
+use crate::sys::resources;
+use mio::Token;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use wire::codec::DecodeError;
+use wire::message::{
+    self as message, CapsuleCreate, CapsuleDestroy, CapsuleGet, CapsuleList, CapsuleState, Code, Done,
+    Health, HealthReply, HostStatus, HostStatusReply, Message,
+};
+use wire::session::{Event, StreamId};
+
+/// Who a control plane says it is.
+pub const CP_IDENTITY: &str = "cp";
+const MIB: u64 = 1024 * 1024;
+
+/// A control plane's connection.
+pub struct Peer {
+    /// The session and its transport.
+    pub link: Link,
+    /// The connection's token.
+    pub token: Token,
+    /// From where.
+    pub address: SocketAddr,
+    /// What its open streams are for.
+    pub streams: BTreeMap<StreamId, StreamUse>,
+}
+
+/// What a control plane's stream is for.
+pub enum StreamUse {
+    /// It waits for a capsule to run.
+    Creating(CapsuleKey),
+    /// It waits for a capsule to be gone.
+    Destroying(CapsuleKey),
+    /// It is to go on into a capsule and its first message has not come.
+    AwaitInner(CapsuleKey),
+    /// It goes on into a capsule.
+    Forward(Box<Forward>),
+    /// It is answered; the caller's half is still open.
+    Answered,
+}
+
+impl Agent {
+    /// Takes an event of a control plane's session.
+    pub fn on_peer_event(&mut self, id: PeerId, event: Event) {
+        match event {
+            Event::Authenticate { identity } => self.authenticate(id, &identity),
+            Event::Ready { peer_name, .. } => {
+                if let Some(peer) = self.peers.get(&id) {
+                    log::info!("control plane {} connected: {peer_name}", peer.address);
+                }
+            }
+            Event::Opened { stream, kind, body } => self.on_request(id, stream, kind, &body),
+            Event::Message { stream, kind, body, cost } => {
+                self.on_peer_message(id, stream, kind, &body, cost);
+            }
+            Event::Data { stream, channel, bytes, cost } => {
+                self.on_peer_data(id, stream, channel, bytes, cost);
+            }
+            Event::Finished { stream } => self.on_peer_finished(id, stream),
+            Event::Reset { stream, .. } => {
+                if let Some(stream_use) = self.peers.get_mut(&id).and_then(|p| p.streams.remove(&stream)) {
+                    self.on_peer_stream_gone(id, stream, stream_use);
+                }
+            }
+            Event::Writable { stream } => self.pump_forward(id, stream),
+            Event::GoingAway { reason, .. } => log::debug!("a control plane is going away: {reason}"),
+            Event::Closed { error } => {
+                if let Some(peer) = self.peers.get(&id) {
+                    log::info!("control plane {}: {error}", peer.address);
+                }
+            }
+        }
+    }
+
+    fn on_request(&mut self, id: PeerId, stream: StreamId, kind: u16, body: &[u8]) {
+        let waiter = (id, stream);
+        let handled = match kind {
+            Health::KIND => Health::decode(body).map(|_| self.on_health(waiter)),
+            HostStatus::KIND => HostStatus::decode(body).map(|_| self.on_host_status(waiter)),
+            CapsuleCreate::KIND => CapsuleCreate::decode(body).map(|m| self.on_create(waiter, &m)),
+            CapsuleDestroy::KIND => CapsuleDestroy::decode(body).map(|m| self.on_destroy(waiter, &m)),
+            CapsuleGet::KIND => CapsuleGet::decode(body).map(|m| self.on_get(waiter, &m)),
+            CapsuleList::KIND => CapsuleList::decode(body).map(|_| self.on_list(waiter)),
+            message::Forward::KIND => message::Forward::decode(body).map(|m| self.on_forward(waiter, &m)),
+            _ => {
+                let text = format!("message kind {kind:#06x} is not one that a host agent answers");
+                self.answer_error(waiter, Code::Unimplemented, text);
+                Ok(())
+            }
+        };
+        if let Err(e) = handled {
+            self.answer_malformed(waiter, kind, e);
+        }
+    }
+
+    fn answer_malformed(&mut self, waiter: (PeerId, StreamId), kind: u16, error: DecodeError) {
+        let text = format!("message kind {kind:#06x} is malformed: {error}");
+        self.answer_error(waiter, Code::InvalidRequest, text);
+    }
+
+    fn on_health(&mut self, waiter: (PeerId, StreamId)) {
+        let uptime = self.ctx.started().elapsed();
+        let reply = HealthReply {
+            version: env!("CARGO_PKG_VERSION").into(),
+            uptime_ms: u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX),
+        };
+        self.answer(waiter, &reply);
+    }
+
+    fn on_host_status(&mut self, waiter: (PeerId, StreamId)) {
+        let host = &self.ctx.host;
+        let (disk, disk_free) = resources::disk_space(host.layout.root()).unwrap_or_else(|e| {
+            log::warn!("space in {}: {e}", host.layout.root().display());
+            (0, 0)
+        });
+        let reserved = self.reserved();
+        let reply = HostStatusReply {
+            version: env!("CARGO_PKG_VERSION").into(),
+            arch: std::env::consts::ARCH.into(),
+            cpu_cores: host.cpu_cores,
+            memory_mb: host.memory_mb,
+            memory_reserved_mb: u32::try_from(reserved.memory_mb).unwrap_or(u32::MAX),
+            vcpus_reserved: u32::try_from(reserved.vcpus).unwrap_or(u32::MAX),
+            disk_mb: disk / MIB,
+            disk_free_mb: disk_free / MIB,
+            vmm: host.qemu.describe(),
+            templates: host.layout.templates(),
+        };
+        self.answer(waiter, &reply);
+    }
+
+    /// What capsules hold now.
+    fn reserved(&self) -> Reserved {
+        let held = self.capsules.values().filter(|c| c.holds_resources());
+        held.fold(Reserved::default(), |sum, c| Reserved {
+            memory_mb: sum.memory_mb + u64::from(c.spec.memory_mb),
+            vcpus: sum.vcpus + u64::from(c.spec.vcpus),
+        })
+    }
+
+    fn on_create(&mut self, waiter: (PeerId, StreamId), request: &CapsuleCreate) {
+        let refusal = |code: Code, text: String| Err((code, text));
+        let admitted = if self.is_stopping() {
+            refusal(Code::ShuttingDown, "the host agent is shutting down; try another host".into())
+        } else if self.ids.contains_key(&request.capsule_id) {
+            refusal(Code::AlreadyExists, format!("there is a capsule {} already", request.capsule_id))
+        } else if self.capsules.len() >= MAX_CAPSULES {
+            refusal(Code::ResourceExhausted, format!("this host has {MAX_CAPSULES} capsules already"))
+        } else {
+            Spec::admit(request, &self.ctx.host, self.reserved()).map_err(|e| (e.code(), e.to_string()))
+        };
+        let begun = admitted.and_then(|spec| self.begin_create(waiter, spec));
+        if let Err((code, text)) = begun {
+            log::info!("capsule {:?} not admitted: {text}", request.capsule_id);
+            self.answer_error(waiter, code, text);
+        }
+    }
+
+    fn begin_create(&mut self, waiter: (PeerId, StreamId), spec: Spec) -> Result<(), (Code, String)> {
+        let directory =
+            self.ctx.host.layout.capsule(&spec.id).map_err(|e| (Code::InvalidRequest, e.to_string()))?;
+        let slot = self.ctx.slots.allocate();
+        let slot = slot.ok_or((Code::ResourceExhausted, "all network slots are in use".to_string()))?;
+        let now_ms = self.ctx.now_ms();
+        let deadline_ms = now_ms + spec.deadline_ms;
+        log::info!(
+            "capsule {}: creating from {}, {} vCPUs, {} MiB",
+            spec.id,
+            spec.template,
+            spec.vcpus,
+            spec.memory_mb
+        );
+        let key = self.insert_capsule(|key| {
+            let mut capsule = Capsule::new(key, spec, directory, slot, now_ms);
+            capsule.creator = Some(waiter);
+            capsule
+        });
+        self.use_stream(waiter, StreamUse::Creating(key));
+        self.ctx.timers.set(TimerKey::Capsule(key, CapsuleTimer::Deadline), deadline_ms);
+        self.apply(key, LifeEvent::Create);
+        Ok(())
+    }
+
+    fn on_destroy(&mut self, waiter: (PeerId, StreamId), request: &CapsuleDestroy) {
+        let Some(key) = self.find(waiter, &request.capsule_id) else { return };
+        let Some(capsule) = self.capsules.get_mut(&key) else { return };
+        if capsule.destroyers.len() >= MAX_WAITERS {
+            let text = "too many requests wait for this capsule's end already";
+            self.answer_error(waiter, Code::ResourceExhausted, text);
+            return;
+        }
+        capsule.destroyers.push(waiter);
+        self.use_stream(waiter, StreamUse::Destroying(key));
+        self.apply(key, LifeEvent::Destroy);
+    }
+
+    fn on_get(&mut self, waiter: (PeerId, StreamId), request: &CapsuleGet) {
+        let Some(key) = self.find(waiter, &request.capsule_id) else { return };
+        if let Some(info) = self.capsules.get(&key).map(|c| c.info(&self.ctx)) {
+            self.answer(waiter, &info);
+        }
+    }
+
+    fn on_list(&mut self, waiter: (PeerId, StreamId)) {
+        let (id, stream) = waiter;
+        let infos: Vec<_> = self.capsules.values().map(|c| c.info(&self.ctx)).collect();
+        let Some(peer) = self.peers.get_mut(&id) else { return };
+        for info in infos {
+            if let Err(e) = peer.link.session.send(stream, &info) {
+                // A list that is not whole must not look like one.
+                peer.link.session.reset(stream, Code::ResourceExhausted, &format!("listing: {e}"));
+                return;
+            }
+        }
+        self.answer(waiter, &Done {});
+    }
+
+    /// The capsule with this id; where there is none, that is the answer.
+    pub fn find(&mut self, waiter: (PeerId, StreamId), capsule_id: &str) -> Option<CapsuleKey> {
+        let key = self.ids.get(capsule_id).copied();
+        if key.is_none() {
+            let shown: String = capsule_id.chars().take(80).collect();
+            self.answer_error(waiter, Code::NotFound, format!("this host has no capsule {shown:?}"));
+        }
+        key
+    }
+
+    /// Remembers what a stream is for.
+    pub fn use_stream(&mut self, waiter: (PeerId, StreamId), stream_use: StreamUse) {
+        if let Some(peer) = self.peers.get_mut(&waiter.0) {
+            peer.streams.insert(waiter.1, stream_use);
+        }
+    }
+
+    /// Takes an event of a capsule's guest session.
+    pub fn on_guest_session_event(&mut self, key: CapsuleKey, event: Event) {
+        use crate::capsule::Greeting;
+        let Some(capsule) = self.capsules.get_mut(&key) else { return };
+        if let Some(greeting) = capsule.on_greeting_event(&event) {
+            match greeting {
+                Greeting::Pending => {}
+                Greeting::Welcome => {
+                    self.apply(key, LifeEvent::Made(crate::capsule::lifecycle::Part::Guest));
+                }
+                Greeting::Refused(reason) => self.lose_guest(key, reason),
+            }
+            return;
+        }
+        match event {
+            Event::Ready { peer_name, .. } => {
+                log::debug!("capsule {}: session with {peer_name}", capsule.spec.id);
+                capsule.greet_guest();
+            }
+            Event::Message { stream, kind, body, cost } => {
+                self.relay_from_guest(key, stream, |pipe| pipe.push_message(kind, &body, cost));
+            }
+            Event::Data { stream, channel, bytes, cost } => {
+                self.relay_from_guest(key, stream, |pipe| pipe.push_data(channel, bytes, cost));
+            }
+            Event::Finished { stream } => self.relay_from_guest(key, stream, |pipe| pipe.push_end()),
+            Event::Writable { stream } => {
+                if let Some((peer, outer)) = capsule.forwards.get(&stream).copied() {
+                    self.pump_forward(peer, outer);
+                }
+            }
+            Event::Reset { stream, code, reason } => {
+                if let Some((peer, outer)) = capsule.forwards.remove(&stream) {
+                    self.reset_peer_stream(peer, outer, Code::from_number(code), &reason);
+                }
+            }
+            Event::Opened { stream, .. } => {
+                // A guest has nothing to ask of its host.
+                if let Some(guest) = capsule.session() {
+                    guest.link.session.reset(stream, Code::Unimplemented, "the host answers no requests");
+                }
+            }
+            Event::Closed { error } => self.lose_guest(key, error.to_string()),
+            Event::GoingAway { .. } | Event::Authenticate { .. } => {}
+        }
+    }
+
+    /// The session to a guest daemon is over or useless: everything on it ends, and unless the capsule is
+    /// going down it is made again.
+    fn lose_guest(&mut self, key: CapsuleKey, reason: String) {
+        self.reset_forwards(key, Code::Unavailable, "the connection to the capsule was lost; try again");
+        let Some(capsule) = self.capsules.get_mut(&key) else { return };
+        log::debug!("capsule {}: guest session: {reason}", capsule.spec.id);
+        if capsule.state() == CapsuleState::Running {
+            log::warn!("capsule {}: lost the guest daemon: {reason}", capsule.spec.id);
+        }
+        capsule.retry_guest(&mut self.ctx, reason);
+        self.apply(key, LifeEvent::GuestLost);
+        self.mark(Dirty::Guest(key));
+    }
+}

@@ -1,0 +1,246 @@
+//! From a configuration to a running agent, in the order in which things can go wrong: what only looks
+//! first, then what takes the directory, then what changes the host.
+
+use crate::agent::{Agent, Outcome, Parts};
+use crate::capsule::recovery::{RecoveryError, recover};
+use crate::config::Config;
+use crate::context::{Context, Host};
+use crate::cp_client::HostFacts;
+use crate::disk::{Backend, DiskError};
+use crate::layout::{Layout, LayoutError, Lock};
+use crate::net::{NetError, SlotAllocator, existing_slots, host};
+use crate::registration::{self, Credentials, CredentialsError, Registration};
+use crate::sys::resources;
+use crate::sys::signals::Signals;
+use crate::vmm::VmmError;
+use crate::vmm::qemu::Qemu;
+use crate::worker::Workers;
+use mio::net::TcpListener;
+use mio::{Poll, Token, Waker};
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// How long creating a capsule may take where KVM runs the guest.
+pub const CREATE_DEADLINE_KVM_MS: u64 = 15_000;
+/// How long creating a capsule may take where QEMU translates the guest's code.
+pub const CREATE_DEADLINE_TCG_MS: u64 = 60_000;
+/// Open files below which only few capsules fit.
+const FEW_OPEN_FILES: u64 = 4096;
+const MIB: u64 = 1024 * 1024;
+const GIB: u64 = 1024 * MIB;
+
+/// Why the agent does not start, or ended.
+#[derive(Debug)]
+pub enum StartError {
+    /// The data directory cannot be used.
+    Layout(LayoutError),
+    /// This host has no credentials.
+    Credentials(CredentialsError),
+    /// There is no VMM.
+    Vmm(VmmError),
+    /// Disks cannot be made.
+    Disk(DiskError),
+    /// The host's network cannot be set up.
+    Net(NetError),
+    /// What an earlier agent left cannot be looked at.
+    Recovery(RecoveryError),
+    /// A system call failed.
+    System {
+        /// What was tried.
+        step: String,
+        /// The failure.
+        source: io::Error,
+    },
+    /// `WRENN_CP_URL` is not set but needed.
+    NoControlPlane,
+    /// Registering failed; a text for a person.
+    Register(String),
+}
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            StartError::Layout(e) => e.fmt(f),
+            StartError::Credentials(e) => e.fmt(f),
+            StartError::Vmm(e) => e.fmt(f),
+            StartError::Disk(e) => e.fmt(f),
+            StartError::Net(e) => e.fmt(f),
+            StartError::Recovery(e) => e.fmt(f),
+            StartError::System { step, source } => write!(f, "{step}: {source}"),
+            StartError::NoControlPlane => f.write_str(
+                "WRENN_CP_URL is not set; to register, set it to the control plane's address, such as \
+                 http://10.0.0.1:8000",
+            ),
+            StartError::Register(text) => f.write_str(text),
+        }
+    }
+}
+
+impl std::error::Error for StartError {}
+
+macro_rules! from {
+    ($($error:ty => $variant:ident),*) => {
+        $(impl From<$error> for StartError {
+            fn from(e: $error) -> StartError {
+                StartError::$variant(e)
+            }
+        })*
+    };
+}
+from!(LayoutError => Layout, CredentialsError => Credentials, VmmError => Vmm, DiskError => Disk,
+      NetError => Net, RecoveryError => Recovery);
+
+fn system(step: impl Into<String>) -> impl FnOnce(io::Error) -> StartError {
+    let step = step.into();
+    move |source| StartError::System { step, source }
+}
+
+/// Registers this host and saves its credentials. Blocks.
+///
+/// # Errors
+/// Everything that a person has to mend.
+pub fn register(config: &Config, token: &str, address: SocketAddr) -> Result<(), StartError> {
+    let url = config.control_plane.as_ref().ok_or(StartError::NoControlPlane)?;
+    let layout = Layout::new(&config.directory);
+    layout.prepare()?;
+    let (disk, _) = resources::disk_space(layout.root())
+        .map_err(system(format!("looking at the space in {}", layout.root().display())))?;
+    let facts = HostFacts {
+        arch: std::env::consts::ARCH.into(),
+        cpu_cores: cpu_cores()?,
+        memory_mb: memory_mb()?,
+        disk_gb: disk / GIB,
+    };
+    let address = address.to_string();
+    let credentials = registration::register(url, token, &address, &facts, &layout.host_token())
+        .map_err(StartError::Register)?;
+    log::info!("registered as {} with {url}", credentials.host_id);
+    Ok(())
+}
+
+/// Runs the agent until a signal ends it.
+///
+/// # Errors
+/// Everything that a person has to mend.
+pub fn serve(config: Config) -> Result<Outcome, StartError> {
+    // Before the first thread, so that none of them takes a signal.
+    let signals = Signals::termination().map_err(system("taking signals"))?;
+    let layout = Layout::new(&config.directory);
+    layout.prepare()?;
+    let _lock: Lock = layout.lock()?;
+    let credentials = Credentials::load(&layout.host_token())?;
+    let verifier = credentials.verifier().ok_or_else(|| CredentialsError::Malformed(layout.host_token()))?;
+    if config.control_plane.is_none() {
+        log::warn!("WRENN_CP_URL is not set: no heartbeats, so a control plane will not use this host");
+    }
+    let kernel = layout.kernel()?;
+    let qemu = Qemu::find(config.qemu.as_deref())?;
+    if let Some(reason) = qemu.why_not_kvm() {
+        log::warn!("KVM is not used: {reason}");
+    }
+    let disks = Backend::probe(&layout.images(), &layout.sandboxes())?;
+    let open_files = resources::raise_open_files().map_err(system("raising the limit of open files"))?;
+    if open_files < FEW_OPEN_FILES {
+        log::warn!("only {open_files} open files are allowed: set LimitNOFILE= or `ulimit -n` higher");
+    }
+    let listener = TcpListener::bind(config.listen_address).map_err(system(format!(
+        "listening on {} (set WRENN_HOST_LISTEN_ADDR to another address)",
+        config.listen_address
+    )))?;
+    let cleared = recover(&layout)?;
+    host::install(true)?;
+    let slots = free_slots(&config, &cleared.left)?;
+    let poll = Poll::new().map_err(system("making the event loop"))?;
+    let registry = poll.registry().try_clone().map_err(system("making the event loop"))?;
+    // The tokens of sources are counted up from 0.
+    let waker = Waker::new(&registry, Token(usize::MAX)).map_err(system("making the waker"))?;
+    let waker = Arc::new(waker);
+    let workers = Workers::start(move || {
+        if let Err(e) = waker.wake() {
+            log::error!("waking the event loop: {e}");
+        }
+    })
+    .map_err(system("starting worker threads"))?;
+    let local_address = listener.local_addr().map_err(system("asking for the listener's address"))?;
+    log::info!(
+        "wrenn-agent {} serves {} on {local_address}: {}, {disks} disks, kernel {}, {} templates",
+        env!("CARGO_PKG_VERSION"),
+        credentials.host_id,
+        qemu.describe(),
+        kernel.version,
+        layout.templates().len()
+    );
+    let create_deadline_ms = if qemu.uses_kvm() { CREATE_DEADLINE_KVM_MS } else { CREATE_DEADLINE_TCG_MS };
+    let registration = Registration::new(config.control_plane.clone(), layout.host_token(), credentials);
+    let host = Host {
+        layout,
+        config,
+        kernel,
+        qemu: Arc::new(qemu),
+        disks,
+        cpu_cores: cpu_cores()?,
+        memory_mb: memory_mb()?,
+        create_deadline_ms,
+    };
+    let context = Context::new(host, registry, workers, slots);
+    let parts = Parts { context, poll, listener, signals, registration, verifier };
+    let mut agent = Agent::new(parts).map_err(system("watching the listener and signals"))?;
+    let outcome = agent.run().map_err(system("the event loop"))?;
+    match host::remove_if_unused() {
+        Ok(_) => {}
+        Err(e) => log::warn!("the host's firewall table stays: {e}"),
+    }
+    log::info!("ended");
+    Ok(outcome)
+}
+
+/// The slots of this agent but for those that something on the host has already.
+fn free_slots(
+    config: &Config,
+    left: &[(String, Option<crate::net::Slot>)],
+) -> Result<SlotAllocator, StartError> {
+    let (first, last) = config.slots;
+    let mut slots = SlotAllocator::new(first, last);
+    let taken = existing_slots().map_err(system("listing the host's links"))?;
+    for slot in taken.into_iter().chain(left.iter().filter_map(|(_, slot)| *slot)) {
+        slots.reserve(slot);
+    }
+    Ok(slots)
+}
+
+fn cpu_cores() -> Result<u32, StartError> {
+    let cores = std::thread::available_parallelism().map_err(system("counting CPU cores"))?;
+    Ok(u32::try_from(cores.get()).unwrap_or(u32::MAX))
+}
+
+fn memory_mb() -> Result<u32, StartError> {
+    let path = PathBuf::from("/proc/meminfo");
+    let text = std::fs::read_to_string(&path).map_err(system("reading /proc/meminfo"))?;
+    total_memory_mb(&text).ok_or_else(|| StartError::System {
+        step: "reading /proc/meminfo".into(),
+        source: io::Error::new(io::ErrorKind::InvalidData, "it has no MemTotal line"),
+    })
+}
+
+/// `MemTotal` of proc(5)'s meminfo, which is in KiB.
+fn total_memory_mb(meminfo: &str) -> Option<u32> {
+    let line = meminfo.lines().find_map(|l| l.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    u32::try_from(kib / 1024).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_from_meminfo() {
+        let text = "MemTotal:       24634212 kB\nMemFree:         1 kB\n";
+        assert_eq!(total_memory_mb(text), Some(24_056));
+        assert_eq!(total_memory_mb("MemFree: 1 kB\n"), None);
+        assert!(memory_mb().expect("this machine") > 0);
+    }
+}

@@ -1,0 +1,334 @@
+//! The agent as a program, driven over the wire protocol. The first tests need no guest; the others boot
+//! real virtual machines and need WRENN_TEST_DIR, a directory with `kernels/` and `images/minimal/`.
+
+mod common;
+
+use common::{Agent, Client, PATIENCE, Place, SECRET, creation, free_address, guest_directory};
+use std::fs;
+use std::time::{Duration, Instant};
+use wire::message::{
+    CapsuleCreate, CapsuleGet, CapsuleInfo, CapsuleList, CapsuleState, Code, Done, Error, Health, HealthReply,
+    HostStatus, HostStatusReply, Message,
+};
+use wire::session::Event;
+
+/// A kernel for tests without a guest: present, but nothing that runs.
+fn with_files(place: &Place, kernel: &[u8]) {
+    fs::write(place.directory.join("kernels/vmlinux"), kernel).expect("written");
+    fs::write(place.directory.join("kernels/initramfs.img"), b"nothing").expect("written");
+    fs::write(place.directory.join("images/minimal/rootfs.ext4"), vec![0; 1 << 20]).expect("written");
+}
+
+/// An ELF kernel that QEMU starts by its PVH note and that does nothing for ever: `cli; hlt; jmp`.
+fn spinning_kernel() -> Vec<u8> {
+    const BASE: u32 = 0x10_0000;
+    const HEADERS: usize = 64 + 2 * 56;
+    const NOTE: usize = HEADERS;
+    const CODE: usize = 0x1000;
+    let mut elf = vec![0; CODE + 16];
+    elf[..16].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    let put = |at: usize, bytes: &[u8], elf: &mut Vec<u8>| elf[at..at + bytes.len()].copy_from_slice(bytes);
+    put(16, &2u16.to_le_bytes(), &mut elf); // ET_EXEC
+    put(18, &62u16.to_le_bytes(), &mut elf); // EM_X86_64
+    put(20, &1u32.to_le_bytes(), &mut elf);
+    put(24, &u64::from(BASE).to_le_bytes(), &mut elf); // entry
+    put(32, &64u64.to_le_bytes(), &mut elf); // program headers
+    put(52, &64u16.to_le_bytes(), &mut elf);
+    put(54, &56u16.to_le_bytes(), &mut elf);
+    put(56, &2u16.to_le_bytes(), &mut elf);
+    let segment = |at: usize, kind: u32, offset: u64, address: u64, size: u64, elf: &mut Vec<u8>| {
+        put(at, &kind.to_le_bytes(), elf);
+        put(at + 4, &7u32.to_le_bytes(), elf);
+        for (field, value) in [(8, offset), (16, address), (24, address), (32, size), (40, size), (48, 4)] {
+            put(at + field, &value.to_le_bytes(), elf);
+        }
+    };
+    segment(64, 1, CODE as u64, u64::from(BASE), 16, &mut elf); // PT_LOAD
+    segment(120, 4, NOTE as u64, 0, 20, &mut elf); // PT_NOTE
+    // XEN_ELFNOTE_PHYS32_ENTRY (18) of xen/include/public/elfnote.h: the 32-bit entry point.
+    for (at, word) in [(0, 4), (4, 4), (8, 18)] {
+        put(NOTE + at, &u32::to_le_bytes(word), &mut elf);
+    }
+    put(NOTE + 12, b"Xen\0", &mut elf);
+    put(NOTE + 16, &BASE.to_le_bytes(), &mut elf);
+    put(CODE, &[0xfa, 0xf4, 0xeb, 0xfd], &mut elf);
+    elf
+}
+
+fn assert_nothing_left(place: &Place) {
+    let end = Instant::now() + Duration::from_secs(5);
+    loop {
+        let remains = place.remains();
+        if remains.is_empty() {
+            return;
+        }
+        assert!(Instant::now() < end, "left: {remains:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn code(error: &Error) -> Code {
+    error.code()
+}
+
+#[test]
+fn a_host_says_what_it_is_and_refuses_what_it_cannot_do() {
+    let place = Place::new(0);
+    with_files(&place, b"no kernel");
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let health: HealthReply = cp.ask(&Health {}).expect("health");
+    assert_eq!(health.version, env!("CARGO_PKG_VERSION"));
+    let status: HostStatusReply = cp.ask(&HostStatus {}).expect("status");
+    assert_eq!((status.arch.as_str(), status.memory_reserved_mb), ("x86_64", 0));
+    assert!(status.memory_mb > 0 && status.cpu_cores > 0 && status.disk_mb > 0, "{status:?}");
+    assert_eq!(status.templates, ["minimal"]);
+    assert!(status.vmm.starts_with("qemu "), "{}", status.vmm);
+
+    let good = creation("cl-refused");
+    for (request, expected) in [
+        (CapsuleCreate { capsule_id: "../x".into(), ..good.clone() }, Code::InvalidRequest),
+        (CapsuleCreate { capsule_id: String::new(), ..good.clone() }, Code::InvalidRequest),
+        (CapsuleCreate { template: "../minimal".into(), ..good.clone() }, Code::InvalidRequest),
+        (CapsuleCreate { template: "unknown".into(), ..good.clone() }, Code::NotFound),
+        (CapsuleCreate { memory_mb: 1, ..good.clone() }, Code::InvalidRequest),
+        (CapsuleCreate { memory_mb: status.memory_mb, ..good.clone() }, Code::InvalidRequest),
+        (CapsuleCreate { vcpus: 0, ..good.clone() }, Code::InvalidRequest),
+        (CapsuleCreate { vcpus: status.cpu_cores + 1, ..good.clone() }, Code::InvalidRequest),
+        (CapsuleCreate { deadline_ms: 700_000, ..good.clone() }, Code::InvalidRequest),
+    ] {
+        let error = cp.ask::<_, CapsuleInfo>(&request).expect_err("refused");
+        assert_eq!(code(&error), expected, "{error} for {request:?}");
+        assert!(error.text.len() > 20, "{error}");
+    }
+    let error = cp.destroy("cl-unknown").expect_err("unknown");
+    assert_eq!(code(&error), Code::NotFound);
+    let error = cp.exec("cl-unknown", &["true"]).expect_err("unknown");
+    assert_eq!(code(&error), Code::NotFound);
+    let (kind, _) = cp.request(&CapsuleList {});
+    assert_eq!(kind, Done::KIND);
+    let stream = cp.session.open_raw(vec![0x7f, 0xff, 0, 0], true).expect("opened");
+    let (_, body) = cp.answer(stream);
+    assert_eq!(Error::decode(&body).map(|e| e.code()), Ok(Code::Unimplemented));
+    let stream = cp.session.open_raw(vec![0x01, 0x00, 9], true).expect("opened");
+    let (_, body) = cp.answer(stream);
+    assert_eq!(Error::decode(&body).map(|e| e.code()), Ok(Code::InvalidRequest));
+    assert_eq!(place.remains(), Vec::<String>::new());
+    assert!(agent.terminate().success());
+}
+
+#[test]
+fn only_the_control_plane_gets_in() {
+    let place = Place::new(1);
+    with_files(&place, b"no kernel");
+    let agent = Agent::start(&place);
+    for (identity, secret) in [("cp", &b"guess"[..]), ("agent", SECRET), ("root", b"")] {
+        let mut stranger = Client::connecting(agent.address, identity, secret);
+        let error = stranger.end();
+        assert!(error.to_string().contains("secret is wrong"), "{identity}: {error}");
+    }
+    agent.client();
+    assert!(agent.terminate().success());
+}
+
+#[test]
+fn a_directory_has_one_agent_and_an_unregistered_host_none() {
+    let place = Place::new(2);
+    with_files(&place, b"no kernel");
+    let agent = Agent::start(&place);
+    let output = Agent::command(&place, free_address()).output().expect("run");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && text.contains("another wrenn-agent uses"), "{text}");
+    assert!(agent.terminate().success());
+
+    fs::remove_file(place.directory.join("host-token")).expect("removed");
+    let output = Agent::command(&place, free_address()).output().expect("run");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && text.contains("--register TOKEN --address IP:PORT"), "{text}");
+}
+
+#[test]
+fn a_bad_configuration_is_named() {
+    let place = Place::new(3);
+    for (name, value) in [("WRENN_HOST_LISTEN_ADDR", "50051"), ("WRENN_HSOT", "x"), ("LOG_LEVEL", "loud")] {
+        let output = Agent::command(&place, free_address()).env(name, value).output().expect("run");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && text.contains(name), "{text}");
+    }
+    let output = Agent::command(&place, free_address()).arg("--help").output().expect("run");
+    assert!(output.status.success() && String::from_utf8_lossy(&output.stdout).contains("WRENN_CP_URL"));
+    let output = Agent::command(&place, free_address()).arg("--version").output().expect("run");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), concat!("wrenn-agent ", env!("CARGO_PKG_VERSION"), "\n"));
+}
+
+#[test]
+fn a_guest_that_never_comes_up_fails_by_its_deadline_with_nothing_left() {
+    let place = Place::new(4);
+    with_files(&place, &spinning_kernel());
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let begun = Instant::now();
+    let request = CapsuleCreate { deadline_ms: 1_500, ..creation("cl-spin") };
+    let error = cp.ask::<_, CapsuleInfo>(&request).expect_err("never up");
+    let took = begun.elapsed();
+    assert_eq!(code(&error), Code::DeadlineExceeded, "{error}");
+    assert!(error.text.contains("guest daemon"), "{error}");
+    assert!(took >= Duration::from_millis(1_450) && took < Duration::from_secs(10), "{took:?}");
+    assert_eq!(place.remains(), Vec::<String>::new(), "undone before the answer");
+    // The same id and slot can be used again at once, and a caller that goes away cancels.
+    let stream = cp.session.open(&creation("cl-spin"), true).expect("opened");
+    let end = Instant::now() + PATIENCE;
+    while place.machines().is_empty() {
+        cp.ask::<_, HealthReply>(&Health {}).expect("health");
+        assert!(Instant::now() < end, "no machine");
+    }
+    let info: CapsuleInfo = cp.ask(&CapsuleGet { capsule_id: "cl-spin".into() }).expect("known");
+    assert_eq!(info.state, CapsuleState::Starting);
+    let error = cp.ask::<_, CapsuleInfo>(&creation("cl-spin")).expect_err("twice");
+    assert_eq!(code(&error), Code::AlreadyExists);
+    let error = cp.exec("cl-spin", &["true"]).expect_err("not running");
+    assert_eq!(code(&error), Code::InvalidState);
+    cp.session.reset(stream, Code::Cancelled, "changed my mind");
+    cp.ask::<_, HealthReply>(&Health {}).expect("health");
+    assert_nothing_left(&place);
+    assert!(agent.terminate().success());
+}
+
+#[test]
+fn a_machine_that_ends_while_it_boots_is_a_clear_error() {
+    let place = Place::new(5);
+    with_files(&place, b"this is no kernel");
+    let agent = Agent::start(&place);
+    let error = agent.client().create("cl-broken").expect_err("no kernel");
+    assert_eq!(code(&error), Code::Unavailable, "{error}");
+    assert!(error.text.contains("virtual machine ended"), "{error}");
+    assert_eq!(place.remains(), Vec::<String>::new());
+    assert!(agent.terminate().success());
+}
+
+#[test]
+fn an_agent_that_is_killed_leaves_nothing_after_its_next_start() {
+    let place = Place::new(6);
+    with_files(&place, &spinning_kernel());
+    // At several moments of a create, the machine's start among them.
+    for wait_ms in [0, 5, 10, 20, 40, 80, 300] {
+        let mut agent = Agent::start(&place);
+        let mut cp = agent.client();
+        cp.session.open(&creation("cl-orphan"), true).expect("opened");
+        cp.ask::<_, HealthReply>(&Health {}).expect("health");
+        std::thread::sleep(Duration::from_millis(wait_ms));
+        agent.child.kill().expect("killed");
+        agent.wait();
+        let before = place.remains();
+        assert!(!before.is_empty(), "killed before anything was made");
+        let agent = Agent::start(&place);
+        assert_eq!(place.remains(), Vec::<String>::new(), "{wait_ms} ms, before: {before:?}");
+        assert!(agent.terminate().success());
+    }
+}
+
+#[test]
+fn a_termination_signal_ends_capsules_in_any_state() {
+    let place = Place::new(7);
+    with_files(&place, &spinning_kernel());
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let streams: Vec<_> =
+        (0..3).map(|n| cp.session.open(&creation(&format!("cl-{n}")), true).expect("opened")).collect();
+    cp.ask::<_, HealthReply>(&Health {}).expect("health");
+    std::thread::sleep(Duration::from_millis(200));
+    let pid = libc::pid_t::try_from(agent.child.id()).expect("pid");
+    // SAFETY: kill takes its arguments by value; the child is not waited for, so the pid is its.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+    for stream in streams {
+        let (kind, body) = cp.answer(stream);
+        assert_eq!(kind, Error::KIND);
+        assert_eq!(Error::decode(&body).map(|e| e.code()), Ok(Code::ShuttingDown));
+    }
+    let mut agent = agent;
+    assert!(agent.wait().success());
+    assert_eq!(place.remains(), Vec::<String>::new());
+}
+
+#[test]
+fn a_command_runs_in_a_capsule() {
+    let Some(guest) = guest_directory() else { return };
+    let place = Place::with_guest(8, &guest);
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let begun = Instant::now();
+    let info = cp.create("cl-one").expect("created");
+    let created = begun.elapsed();
+    let ran = cp.exec("cl-one", &["echo", "hello"]).expect("ran");
+    eprintln!("created after {created:?}, first exec after {:?}", begun.elapsed());
+    assert_eq!((ran.stdout.as_slice(), ran.exit_code, ran.signal), (&b"hello\n"[..], 0, 0));
+    assert_eq!((info.state, info.memory_mb), (CapsuleState::Running, 256));
+    assert!(info.metadata.iter().any(|(n, v)| n == "envd_version" && !v.is_empty()), "{info:?}");
+    let ran = cp.exec("cl-one", &["/bin/sh", "-c", "echo out; echo err >&2; exit 7"]).expect("ran");
+    assert_eq!((ran.stdout.as_slice(), ran.stderr.as_slice()), (&b"out\n"[..], &b"err\n"[..]));
+    assert_eq!(ran.exit_code, 7);
+    let ran = cp.exec("cl-one", &["hostname"]).expect("ran");
+    assert_eq!(ran.stdout, b"cl-one\n");
+    let error = cp.exec("cl-one", &["no-such-command"]).expect_err("not there");
+    assert_eq!(code(&error), Code::NotFound, "{error}");
+    // A megabyte through all windows.
+    let ran = cp.exec("cl-one", &["head", "-c", "1048576", "/dev/zero"]).expect("ran");
+    assert_eq!(ran.stdout.len(), 1 << 20);
+
+    // What is under way when the capsule is destroyed ends with a clear word.
+    let stream = cp.start("cl-one", &["sleep", "60"]).expect("started");
+    let mut other = agent.client();
+    other.destroy("cl-one").expect("destroyed");
+    let reason = loop {
+        match cp.next() {
+            Event::Reset { stream: s, reason, .. } if s == stream => break reason,
+            Event::Closed { error } => panic!("{error}"),
+            _ => {}
+        }
+    };
+    assert!(reason.contains("destroyed"), "{reason}");
+    assert_eq!(place.remains(), Vec::<String>::new());
+    assert_eq!(code(&cp.destroy("cl-one").expect_err("gone")), Code::NotFound);
+    assert!(agent.terminate().success());
+}
+
+#[test]
+fn a_machine_that_dies_is_an_error_and_can_be_destroyed() {
+    let Some(guest) = guest_directory() else { return };
+    let place = Place::with_guest(9, &guest);
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    cp.create("cl-die").expect("created");
+    let stream = cp.start("cl-die", &["sleep", "60"]).expect("started");
+    let machines = place.machines();
+    assert_eq!(machines.len(), 1);
+    let pid = libc::pid_t::try_from(machines[0]).expect("pid");
+    // SAFETY: kill takes its arguments by value; the process is the capsule's VMM.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+    loop {
+        match cp.next() {
+            Event::Reset { stream: s, .. } if s == stream => break,
+            Event::Closed { error } => panic!("{error}"),
+            _ => {}
+        }
+    }
+    assert_nothing_left(&place);
+    let info: CapsuleInfo = cp.ask(&CapsuleGet { capsule_id: "cl-die".into() }).expect("known");
+    assert_eq!(info.state, CapsuleState::Error);
+    cp.destroy("cl-die").expect("destroyed");
+    assert!(agent.terminate().success());
+}
+
+#[test]
+fn a_running_capsule_of_a_killed_agent_is_cleared_away() {
+    let Some(guest) = guest_directory() else { return };
+    let place = Place::with_guest(10, &guest);
+    let mut agent = Agent::start(&place);
+    agent.client().create("cl-orphan").expect("created");
+    agent.child.kill().expect("killed");
+    agent.wait();
+    assert_eq!(place.machines().len(), 1, "the machine outlives its agent");
+    let agent = Agent::start(&place);
+    assert_eq!(place.remains(), Vec::<String>::new());
+    assert!(agent.terminate().success());
+}

@@ -1,0 +1,358 @@
+//! Runs `wrenn-agent` on a data directory of its own and speaks the wire protocol to it.
+
+#![allow(dead_code, reason = "each test program uses its part")]
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+use wire::auth::{ITERATIONS, NONCE_LEN, Verifier};
+use wire::codec::Bytes;
+use wire::message::{
+    CHANNEL_STDERR, CHANNEL_STDOUT, CapsuleCreate, CapsuleDestroy, CapsuleInfo, Done, Error, Forward, Message,
+    ProcessExited, ProcessStart, ProcessStarted,
+};
+use wire::session::{Event, Limits, Session, SessionError, StreamId};
+
+/// The secret of the test's control plane.
+pub const SECRET: &[u8] = b"the test's control plane";
+/// How long anything may take.
+pub const PATIENCE: Duration = Duration::from_secs(90);
+
+/// The directory with `kernels/` and `images/minimal/`, or `None` with a loud word why tests are skipped.
+pub fn guest_directory() -> Option<PathBuf> {
+    let Some(directory) = std::env::var_os("WRENN_TEST_DIR").map(PathBuf::from) else {
+        eprintln!("SKIPPED: WRENN_TEST_DIR names no directory with kernels/ and images/ (`make rootfs`)");
+        return None;
+    };
+    assert!(directory.join("kernels").is_dir(), "{} has no kernels/", directory.display());
+    Some(directory)
+}
+
+/// A data directory and slots of its own; removed with everything when dropped.
+pub struct Place {
+    pub directory: PathBuf,
+    pub first_slot: u32,
+}
+
+impl Place {
+    /// `number` tells the places of one test program apart.
+    pub fn new(number: u32) -> Place {
+        let directory = std::env::temp_dir().join(format!("wrenn-agent-{}-{number}", std::process::id()));
+        for part in ["kernels", "images/minimal"] {
+            fs::create_dir_all(directory.join(part)).expect("made");
+        }
+        let first_slot = 40_000 + (std::process::id() % 500) * 40 + number * 4;
+        let place = Place { directory, first_slot };
+        place.write_token();
+        place
+    }
+
+    /// The same with the real kernel and image.
+    pub fn with_guest(number: u32, guest: &Path) -> Place {
+        let place = Place::new(number);
+        for entry in fs::read_dir(guest.join("kernels")).expect("kernels").flatten() {
+            place_file(&entry.path(), &place.directory.join("kernels").join(entry.file_name()));
+        }
+        let image = "images/minimal/rootfs.ext4";
+        place_file(&guest.join(image), &place.directory.join(image));
+        place
+    }
+
+    fn write_token(&self) {
+        let verifier = Verifier::new(SECRET, &[7; 16], ITERATIONS).to_text();
+        let token = format!(
+            r#"{{"host_id":"host-test","token":"t","refresh_token":"r","wire_verifier":"{verifier}",
+            "obtained_sec":{}}}"#,
+            u32::MAX
+        );
+        fs::write(self.directory.join("host-token"), token).expect("token");
+    }
+
+    pub fn sandboxes(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.directory.join("sandboxes")).expect("sandboxes").flatten();
+        entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect()
+    }
+
+    /// Everything of this place that is on the host: directories, namespaces, links, processes.
+    pub fn remains(&self) -> Vec<String> {
+        let mut found: Vec<String> =
+            self.sandboxes().into_iter().map(|name| format!("sandboxes/{name}")).collect();
+        for slot in self.first_slot..self.first_slot + 4 {
+            let paths = [format!("/run/netns/ns-{slot}"), format!("/sys/class/net/wrenn-{slot}")];
+            found.extend(paths.into_iter().filter(|p| Path::new(p).exists()));
+        }
+        found.extend(self.machines().into_iter().map(|pid| format!("QEMU process {pid}")));
+        found
+    }
+
+    /// The VMM processes of this place, by the user ids that its slots lead to.
+    pub fn machines(&self) -> Vec<u32> {
+        let uids: Vec<u32> =
+            (self.first_slot..self.first_slot + 4).map(|s| wrenn_agent::capsule::FIRST_UID + s).collect();
+        let processes = fs::read_dir("/proc").expect("/proc").flatten();
+        let pids = processes.filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
+        pids.filter(|pid| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let uid = status.lines().find_map(|l| l.strip_prefix("Uid:"));
+            let uid = uid.and_then(|l| l.split_ascii_whitespace().next()?.parse().ok());
+            uid.is_some_and(|uid| uids.contains(&uid))
+        })
+        .collect()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// A hard link, or a copy where that cannot be.
+pub fn place_file(from: &Path, to: &Path) {
+    if fs::hard_link(from, to).is_err() {
+        fs::copy(from, to).expect("copied");
+    }
+}
+
+/// A running agent; killed when dropped.
+pub struct Agent {
+    pub child: Child,
+    pub address: SocketAddr,
+}
+
+impl Agent {
+    pub fn command(place: &Place, address: SocketAddr) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_wrenn-agent"));
+        command.env("WRENN_DIR", &place.directory);
+        command.env("WRENN_HOST_LISTEN_ADDR", address.to_string());
+        command.env("WRENN_SLOTS", format!("{}-{}", place.first_slot, place.first_slot + 3));
+        command.env_remove("WRENN_CP_URL").stdin(Stdio::null());
+        if std::env::var_os("LOG_LEVEL").is_none() {
+            command.env("LOG_LEVEL", "warn");
+        }
+        command
+    }
+
+    pub fn start(place: &Place) -> Agent {
+        let address = free_address();
+        let mut child = Agent::command(place, address).spawn().expect("started");
+        let end = Instant::now() + PATIENCE;
+        while TcpStream::connect(address).is_err() {
+            if let Some(status) = child.try_wait().expect("waited") {
+                panic!("the agent ended with {status}");
+            }
+            assert!(Instant::now() < end, "the agent does not listen");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Agent { child, address }
+    }
+
+    pub fn client(&self) -> Client {
+        Client::connect(self.address, "cp", SECRET)
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    pub fn terminate(mut self) -> ExitStatus {
+        let pid = libc::pid_t::try_from(self.child.id()).expect("pid");
+        // SAFETY: kill takes its arguments by value; the child is not waited for, so the pid is its.
+        assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+        self.wait()
+    }
+
+    pub fn wait(&mut self) -> ExitStatus {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("waited") {
+                return status;
+            }
+            assert!(Instant::now() < end, "the agent does not end");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port")
+}
+
+/// A blocking wire client.
+pub struct Client {
+    stream: TcpStream,
+    pub session: Session,
+    begun: Instant,
+}
+
+/// What a process did.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Ran {
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    pub exit_code: u32,
+    pub signal: u32,
+}
+
+impl Client {
+    pub fn connect(address: SocketAddr, identity: &str, secret: &[u8]) -> Client {
+        let mut client = Client::connecting(address, identity, secret);
+        match client.next() {
+            Event::Ready { .. } => client,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn connecting(address: SocketAddr, identity: &str, secret: &[u8]) -> Client {
+        let stream = TcpStream::connect(address).expect("connected");
+        stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        stream.set_nodelay(true).expect("nodelay");
+        let mut nonce = [0; NONCE_LEN];
+        fs::File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut nonce)).expect("random");
+        let session = Session::client(identity, secret, "test/1", nonce, Limits::default(), 0);
+        Client { stream, session, begun: Instant::now() }
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.begun.elapsed().as_millis()).expect("a short test")
+    }
+
+    /// Writes what is to be written and gives the next event.
+    pub fn next(&mut self) -> Event {
+        let mut buffer = [0; 65_536];
+        loop {
+            while !self.session.output().is_empty() {
+                match self.stream.write(self.session.output()) {
+                    Ok(n) => self.session.consume_output(n),
+                    Err(e) => panic!("write: {e}"),
+                }
+            }
+            if let Some(event) = self.session.poll_event() {
+                return event;
+            }
+            match self.stream.read(&mut buffer) {
+                Ok(0) => self.session.transport_closed(),
+                Ok(n) => self.session.receive(&buffer[..n], self.now_ms()),
+                Err(e) => panic!("read: {e}"),
+            }
+        }
+    }
+
+    /// Sends a request and gives its one answer.
+    pub fn request<M: Message>(&mut self, message: &M) -> (u16, Vec<u8>) {
+        let stream = self.session.open(message, true).expect("opened");
+        self.answer(stream)
+    }
+
+    /// The next message of a stream.
+    pub fn answer(&mut self, stream: StreamId) -> (u16, Vec<u8>) {
+        loop {
+            match self.next() {
+                Event::Message { stream: id, kind, body, cost } if id == stream => {
+                    self.session.release(stream, cost);
+                    return (kind, body);
+                }
+                Event::Reset { stream: id, code, reason } if id == stream => {
+                    return encoded(&Error { code, errno: 0, text: reason });
+                }
+                Event::Closed { error } => panic!("closed: {error}"),
+                _ => {}
+            }
+        }
+    }
+
+    pub fn ask<M: Message, A: Message>(&mut self, message: &M) -> Result<A, Error> {
+        let (kind, body) = self.request(message);
+        if kind == Error::KIND {
+            return Err(Error::decode(&body).expect("an error"));
+        }
+        assert_eq!(kind, A::KIND, "an answer of another kind");
+        Ok(A::decode(&body).expect("the answer"))
+    }
+
+    pub fn create(&mut self, id: &str) -> Result<CapsuleInfo, Error> {
+        self.ask(&creation(id))
+    }
+
+    pub fn destroy(&mut self, id: &str) -> Result<Done, Error> {
+        self.ask(&CapsuleDestroy { capsule_id: id.into() })
+    }
+
+    /// Starts a process in a capsule; its stream, once it runs.
+    pub fn start(&mut self, id: &str, argv: &[&str]) -> Result<StreamId, Error> {
+        let stream = self.session.open(&Forward { capsule_id: id.into() }, false).expect("opened");
+        let start = ProcessStart {
+            argv: argv.iter().map(|a| Bytes(a.as_bytes().to_vec())).collect(),
+            ..Default::default()
+        };
+        self.session.send_last(stream, &start).expect("sent");
+        let (kind, body) = self.answer(stream);
+        match kind {
+            Error::KIND => Err(Error::decode(&body).expect("an error")),
+            ProcessStarted::KIND => Ok(stream),
+            other => panic!("message kind {other:#06x}"),
+        }
+    }
+
+    /// Runs a process in a capsule to its end.
+    pub fn exec(&mut self, id: &str, argv: &[&str]) -> Result<Ran, Error> {
+        let stream = self.start(id, argv)?;
+        let mut ran = Ran::default();
+        loop {
+            match self.next() {
+                Event::Data { stream: s, channel, bytes, cost } if s == stream => {
+                    match channel {
+                        CHANNEL_STDOUT => ran.stdout.extend_from_slice(&bytes),
+                        CHANNEL_STDERR => ran.stderr.extend_from_slice(&bytes),
+                        other => panic!("channel {other}"),
+                    }
+                    self.session.release(stream, cost);
+                }
+                Event::Message { stream: s, kind, body, cost } if s == stream => {
+                    self.session.release(stream, cost);
+                    assert_eq!(kind, ProcessExited::KIND);
+                    let exited = ProcessExited::decode(&body).expect("decoded");
+                    (ran.exit_code, ran.signal) = (exited.exit_code, exited.signal);
+                    return Ok(ran);
+                }
+                Event::Reset { stream: s, code, reason } if s == stream => {
+                    return Err(Error { code, errno: 0, text: reason });
+                }
+                Event::Closed { error } => panic!("closed: {error}"),
+                _ => {}
+            }
+        }
+    }
+
+    /// How the session ends.
+    pub fn end(&mut self) -> SessionError {
+        loop {
+            if let Event::Closed { error } = self.next() {
+                return error;
+            }
+        }
+    }
+}
+
+pub fn creation(id: &str) -> CapsuleCreate {
+    CapsuleCreate {
+        capsule_id: id.into(),
+        template: "minimal".into(),
+        vcpus: 1,
+        memory_mb: 256,
+        ..Default::default()
+    }
+}
+
+fn encoded<M: Message>(message: &M) -> (u16, Vec<u8>) {
+    let mut body = Vec::new();
+    message.encode(&mut body);
+    (M::KIND, body)
+}
