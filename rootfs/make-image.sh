@@ -106,6 +106,25 @@ make_filesystem() {
         -U $FILESYSTEM_UUID -L root -d "$tree" "$1" "$2"
 }
 
+# settle_times FILE: mke2fs copies access and change times of the build; they become the build's date.
+settle_times() {
+    local count
+    count=$(superblock "$1" 'Inode count')
+    dumpe2fs "$1" 2>/dev/null | sed -n 's/^ *Free inodes: *//p' | tr -s ', ' '\n' |
+        awk -v count="$count" -v date="@$SOURCE_DATE_EPOCH" -F - '
+            NF { for (i = $1; i <= (NF > 1 ? $2 : $1); i++) free[i] = 1 }
+            END {
+                print "set_current_time " date
+                # 2 is the root directory, 11 the first that is not reserved (EXT4_GOOD_OLD_FIRST_INO).
+                for (i = 2; i <= count; i = (i == 2 ? 11 : i + 1))
+                    if (!(i in free)) {
+                        print "set_inode_field <" i "> atime " date
+                        print "set_inode_field <" i "> ctime " date
+                    }
+            }' >"$work/times"
+    debugfs -w -f "$work/times" "$1" >"$work/debugfs.log" 2>&1 || die "debugfs failed on the new file system"
+}
+
 # superblock FILE FIELD: a number of dumpe2fs' header.
 superblock() {
     dumpe2fs -h "$1" 2>/dev/null | sed -n "s/^$2: *//p"
@@ -131,6 +150,7 @@ make_filesystem "$work/first.ext4" $((content * 5 / 4 + FREE_BLOCKS))
 used=$(($(superblock "$work/first.ext4" 'Block count') - $(superblock "$work/first.ext4" 'Free blocks')))
 rm -f "$work/first.ext4"
 make_filesystem "$work/base.ext4" $((used + FREE_BLOCKS))
+settle_times "$work/base.ext4"
 e2fsck -f -n "$work/base.ext4" >"$work/fsck" 2>&1 || die "the new file system is damaged: $(cat "$work/fsck")"
 
 cp --sparse=always "$work/base.ext4" "$output/base.ext4"
