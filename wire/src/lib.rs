@@ -11,6 +11,7 @@
 //! | [`http1`] | HTTP/1.1 |
 //! | [`message`] | every message |
 //! | [`auth`] | SCRAM-SHA-256 and the keys that follow from it |
+//! | `reactor` | the mio shell (feature `reactor`) |
 //! | [`session`] | one connection: handshake, streams, credit, keep-alive |
 //! | [`websocket`] | RFC 6455 |
 
@@ -22,5 +23,7 @@ pub mod config;
 pub mod frame;
 pub mod http1;
 pub mod message;
+#[cfg(feature = "reactor")]
+pub mod reactor;
 pub mod session;
 pub mod websocket;
