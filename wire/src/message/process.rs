@@ -61,7 +61,8 @@ messages! {
         duration_ms: u64,
     }
 
-    /// Sends a signal to a process's group. Answered by `Done`.
+    /// Sends a signal to a process's group. Answered by `Done`; on the stream of a process, with an empty
+    /// selector, it is for that process and not answered.
     ProcessSignal = 0x0203 {
         /// A process id in decimal, or a tag.
         selector: String,
@@ -69,7 +70,8 @@ messages! {
         signal: u32,
     }
 
-    /// Asks for all processes that were started here. Answered by `ProcessListReply`.
+    /// Asks for all processes that were started here. Answered by one or more `ProcessListReply`, the last
+    /// of which ends the stream.
     ProcessList = 0x0204 {
     }
 
@@ -104,5 +106,10 @@ messages! {
         columns: u16,
         /// Rows, 1 to 65,535.
         rows: u16,
+    }
+
+    /// Closes the standard input of the process of this stream, once everything sent before is written:
+    /// for a detached process, whose input does not end with a stream. Not answered.
+    ProcessEndInput = 0x0209 {
     }
 }

@@ -1,0 +1,36 @@
+//! envd, the guest daemon of a Wrenn capsule: its init, its processes, its terminals, its files.
+//!
+//! One static binary, one thread. `envd init` (or `/init` of the initramfs) takes the guest from the
+//! kernel to tini; tini runs envd, which listens for the host agent and does what it is asked.
+//!
+//! | module | what it is |
+//! | --- | --- |
+//! | [`init`] | the guest's start |
+//! | [`daemon`] | the event loop |
+//! | [`connection`] | sessions with host agents |
+//! | [`service`] | messages become work |
+//! | [`process`] | processes and terminals |
+//! | [`identity`] | who the capsule is and who may talk to it |
+//! | [`cmdline`], [`json`], [`metadata`], [`options`], [`token`], [`users`] | pure parsers and tables |
+//! | [`sys`] | the kernel's interface, all of the crate's `unsafe` |
+
+#![no_std]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod cmdline;
+pub mod connection;
+pub mod daemon;
+pub mod identity;
+pub mod init;
+pub mod json;
+pub mod log;
+pub mod metadata;
+pub mod options;
+pub mod process;
+pub mod service;
+pub mod sys;
+pub mod token;
+pub mod users;

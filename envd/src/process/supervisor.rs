@@ -1,0 +1,702 @@
+//! All processes: their starts and ends, their input and output, who watches them.
+
+use super::request::{self, Defaults, start_error};
+use super::table::{Output, Piece, Process, ProcessKey, Stopping, Timer, Timers, Watcher};
+use crate::connection::{Connections, StreamKey, Task};
+use crate::sys::epoll::Epoll;
+use crate::sys::signal::Exit;
+use crate::sys::{Errno, Fd, fd, file, pty, signal, spawn};
+use crate::token::{Token, Way};
+use alloc::collections::{BTreeMap, VecDeque};
+use alloc::format;
+use alloc::vec::Vec;
+use wire::codec::Bytes;
+use wire::message::{
+    CHANNEL_STDERR, CHANNEL_STDOUT, CHANNEL_TERMINAL, Code, Error, ProcessAttached, ProcessExited,
+    ProcessListReply, ProcessStart, ProcessStarted,
+};
+
+/// Processes that envd supervises at once.
+pub const MAX_PROCESSES: usize = 16_384;
+/// Output held back for a stream that reads slowly, in bytes. After it the process has to wait.
+const FOREGROUND_RING: usize = 64 * 1024;
+/// Output kept of a detached process, in bytes.
+pub const DETACHED_RING: usize = 256 * 1024;
+/// Detached processes that have ended and whose result is kept; the oldest goes first.
+const MAX_ENDED: usize = 32;
+/// How long the result of a detached process is kept.
+const KEEP_ENDED_MS: u64 = 10 * 60 * 1000;
+/// Between SIGTERM and SIGKILL.
+const KILL_AFTER_MS: u64 = 2_000;
+/// How long an ended process's pipes are read on when somebody else holds them open.
+const DRAIN_MS: u64 = 100;
+/// How long a watcher may hold a detached process up before it has to attach again.
+const STALL_MS: u64 = 10_000;
+/// Streams that may watch one process.
+const MAX_WATCHERS: usize = 64;
+/// Pipes of ended processes that are read on, so that what they left running is not hit by SIGPIPE.
+const MAX_LEFT_OVER: usize = 256;
+/// Bytes of arguments told of one process in a list.
+const MAX_LISTED_ARGV: usize = 1024;
+/// Bytes of one list message; longer lists come in several.
+const MAX_LIST_MESSAGE: usize = 48 * 1024;
+
+/// What the supervisor works with and does not own.
+pub struct Shell<'a> {
+    /// Where descriptors are watched.
+    pub epoll: &'a Epoll,
+    /// Where streams lead.
+    pub connections: &'a mut Connections,
+    /// Memory to read into.
+    pub scratch: &'a mut [u8],
+    /// The monotonic clock.
+    pub now_ms: u64,
+}
+
+/// All processes that were started here.
+#[derive(Default)]
+pub struct Supervisor {
+    processes: BTreeMap<ProcessKey, Process>,
+    by_pid: BTreeMap<u32, ProcessKey>,
+    timers: Timers,
+    ended: VecDeque<ProcessKey>,
+    left_over: BTreeMap<u32, Fd>,
+    next_key: ProcessKey,
+    next_left_over: u32,
+}
+
+impl Supervisor {
+    /// How many processes run.
+    pub fn running(&self) -> usize {
+        self.by_pid.len()
+    }
+
+    /// Starts a process for a stream. The answer follows when exec has succeeded or failed.
+    pub fn start(
+        &mut self,
+        key: StreamKey,
+        start: &ProcessStart,
+        defaults: &Defaults,
+        shell: &mut Shell<'_>,
+    ) -> Result<(), Error> {
+        if self.by_pid.len() >= MAX_PROCESSES {
+            return Err(Error::new(
+                Code::ResourceExhausted,
+                format!("{MAX_PROCESSES} processes run in the capsule already: end some first"),
+            ));
+        }
+        if !start.tag.is_empty() && self.by_tag(&start.tag).is_some_and(|p| self.processes[&p].exit.is_none())
+        {
+            return Err(Error::new(
+                Code::AlreadyExists,
+                format!("a process with the tag {:?} runs already: choose another tag", start.tag),
+            ));
+        }
+        let (plan, user) = request::plan(start, defaults)?;
+        let ends = Ends::open(start, user.uid).map_err(|e| request::errno_error("cannot open a pipe", e))?;
+        let started = spawn::spawn(&plan, [&ends.child[0], &ends.child[1], &ends.child[2]])
+            .map_err(|e| request::errno_error("cannot start a process", e))?;
+        let limit = if start.detached { DETACHED_RING } else { FOREGROUND_RING };
+        let id = self.next_key;
+        self.next_key += 1;
+        let mut process = Process::new(started.pid, shell.now_ms, limit);
+        process.tag = start.tag.clone();
+        process.argv = start.argv.clone();
+        process.cwd = plan.cwd.into_bytes();
+        process.user = user.name;
+        process.detached = start.detached;
+        process.owner = Some(key);
+        process.terminal = plan.terminal;
+        process.input.fd = ends.input;
+        process.outputs = ends.outputs;
+        if start.timeout_ms > 0 {
+            let at = shell.now_ms + u64::from(start.timeout_ms);
+            process.set_timer(&mut self.timers, id, Timer::Deadline, at);
+        }
+        // A descriptor that cannot be watched would leave the stream without an answer for ever.
+        let watched = shell.epoll.add(&started.report, libc::EPOLLIN, Token::Process(id, Way::Report).pack());
+        process.report = Some(started.report);
+        self.by_pid.insert(started.pid, id);
+        self.processes.insert(id, process);
+        shell.connections.set_task(key, Task::Owner(id));
+        if watched.is_err() {
+            self.on_report(id, shell);
+        }
+        Ok(())
+    }
+
+    /// The report pipe is readable: exec has succeeded, or a step before it has failed.
+    pub fn on_report(&mut self, id: ProcessKey, shell: &mut Shell<'_>) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        let Some(report) = process.report.take() else { return };
+        let result = spawn::read_report(&report);
+        drop(report);
+        let owner = process.owner;
+        match result {
+            Ok(()) => {
+                if let Some(key) = owner {
+                    let started = ProcessStarted { pid: process.pid, tag: process.tag.clone() };
+                    if process.detached {
+                        shell.connections.send_last(key, &started);
+                        process.owner = None;
+                    } else {
+                        shell.connections.send(key, &started);
+                        process.watchers.push(Watcher { key, at: 0 });
+                    }
+                }
+                self.advance(id, shell);
+                self.write_input(id, shell);
+            }
+            Err((step, errno)) => {
+                let program = process.argv.first().map_or(&b""[..], |p| p);
+                let error = start_error(step, errno, program, &process.cwd, &process.user);
+                if let Some(key) = owner {
+                    shell.connections.fail(key, &error);
+                }
+                // It ends by itself, or here when its report could not be read. It is reaped like any
+                // other; nothing of it is told.
+                let _ = signal::kill_group(process.pid, libc::SIGKILL as u32);
+                self.forget(id, shell);
+            }
+        }
+    }
+
+    /// Reaps every child that has ended.
+    pub fn on_child_ended(&mut self, shell: &mut Shell<'_>) {
+        // Bounded by the processes there are.
+        for _ in 0..=MAX_PROCESSES {
+            let Some(pid) = signal::ended_child() else { return };
+            let id = self.by_pid.remove(&pid);
+            if let Some(id) = id {
+                self.on_report(id, shell);
+                // While it is not reaped its group cannot be anybody else's.
+                if self.processes.get(&id).is_some_and(|p| p.stopping != Stopping::No) {
+                    let _ = signal::kill_group(pid, libc::SIGKILL as u32);
+                }
+            }
+            let exit = signal::reap(pid);
+            if let (Some(id), Some(exit)) = (id, exit) {
+                self.on_exit(id, exit, shell);
+            }
+        }
+    }
+
+    fn on_exit(&mut self, id: ProcessKey, exit: Exit, shell: &mut Shell<'_>) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        process.exit = Some((exit, shell.now_ms));
+        process.clear_timer(&mut self.timers, id, Timer::Deadline);
+        process.clear_timer(&mut self.timers, id, Timer::Kill);
+        process.set_timer(&mut self.timers, id, Timer::Drain, shell.now_ms + DRAIN_MS);
+        close_input(process, shell.connections);
+        self.advance(id, shell);
+    }
+
+    /// Moves output on: from the pipes into the ring, from the ring to the watchers; and ends what has
+    /// ended.
+    fn advance(&mut self, id: ProcessKey, shell: &mut Shell<'_>) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        let mut left_over = Vec::new();
+        loop {
+            let mut moved = send_to_watchers(process, shell.connections);
+            if !process.detached {
+                process.ring.forget_before(process.needed_from());
+            }
+            // While it runs, epoll says when there is something to read.
+            if process.exit.is_some() {
+                moved |= read_after_exit(process, &mut left_over, shell);
+            }
+            if !moved {
+                break;
+            }
+        }
+        let room = process.ring.room_keeping(process.needed_from());
+        for index in 0..process.outputs.len() {
+            watch_output(process, id, index, room > 0, shell.epoll);
+        }
+        if room > 0 || !process.detached {
+            process.clear_timer(&mut self.timers, id, Timer::Stall);
+        } else if !process.has_timer(Timer::Stall) {
+            process.set_timer(&mut self.timers, id, Timer::Stall, shell.now_ms + STALL_MS);
+        }
+        for fd in left_over {
+            self.keep_left_over(fd, shell);
+        }
+        self.finish(id, shell);
+    }
+
+    /// Tells the end to watchers that have everything, and lets go of what nobody needs any more.
+    fn finish(&mut self, id: ProcessKey, shell: &mut Shell<'_>) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        let Some((exit, ended_ms)) = process.exit else { return };
+        if !process.outputs_ended() || process.report.is_some() {
+            return;
+        }
+        let message = ProcessExited {
+            exit_code: exit.code,
+            signal: exit.signal,
+            timed_out: process.timed_out,
+            duration_ms: ended_ms.saturating_sub(process.started_ms),
+        };
+        let end = process.ring.end();
+        process.watchers.retain(|watcher| {
+            if watcher.at == end {
+                shell.connections.send_last(watcher.key, &message);
+            }
+            watcher.at != end
+        });
+        process.clear_timer(&mut self.timers, id, Timer::Drain);
+        if !process.watchers.is_empty() {
+            return;
+        }
+        if !process.detached {
+            self.forget(id, shell);
+        } else if !process.has_timer(Timer::Expire) {
+            process.set_timer(&mut self.timers, id, Timer::Expire, shell.now_ms + KEEP_ENDED_MS);
+            self.ended.push_back(id);
+            if self.ended.len() > MAX_ENDED
+                && let Some(oldest) = self.ended.front().copied()
+            {
+                self.forget(oldest, shell);
+            }
+        }
+    }
+
+    fn forget(&mut self, id: ProcessKey, shell: &mut Shell<'_>) {
+        let Some(mut process) = self.processes.remove(&id) else { return };
+        process.clear_timers(&mut self.timers, id);
+        self.ended.retain(|other| *other != id);
+        close_input(&mut process, shell.connections);
+        for watcher in &process.watchers {
+            shell.connections.reset(
+                watcher.key,
+                Code::NotFound,
+                "the process's result is not kept any longer",
+            );
+        }
+        if self.by_pid.get(&process.pid) == Some(&id) {
+            self.by_pid.remove(&process.pid);
+        }
+    }
+
+    /// A pipe or terminal of a process is readable, or has ended.
+    pub fn on_output(&mut self, id: ProcessKey, index: usize, shell: &mut Shell<'_>) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        read_output(process, index, shell);
+        self.advance(id, shell);
+    }
+
+    /// A process's input takes more.
+    pub fn write_input(&mut self, id: ProcessKey, shell: &mut Shell<'_>) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        let input = &mut process.input;
+        while let (Some(fd), Some(piece)) = (&input.fd, input.queue.front()) {
+            match fd.write(&piece.bytes[input.written..]) {
+                Ok(n) => {
+                    input.written += n;
+                    if input.written == piece.bytes.len() {
+                        shell.connections.release(piece.from, piece.cost);
+                        input.queue.pop_front();
+                        input.written = 0;
+                    }
+                }
+                Err(Errno(libc::EAGAIN)) => break,
+                Err(_) => {
+                    // Nobody reads any more; the process may well go on.
+                    close_input(process, shell.connections);
+                    return;
+                }
+            }
+        }
+        if input.queue.is_empty() && input.closing && !process.terminal {
+            close_input(process, shell.connections);
+            return;
+        }
+        let Some(fd) = &input.fd else { return };
+        let wanted = !input.queue.is_empty();
+        if wanted != input.watched {
+            if wanted {
+                let token = Token::Process(id, Way::Input).pack();
+                input.watched = shell.epoll.add(fd, libc::EPOLLOUT, token).is_ok();
+            } else {
+                shell.epoll.remove(fd);
+                input.watched = false;
+            }
+        }
+    }
+
+    /// Input came for a process.
+    pub fn on_input(&mut self, id: ProcessKey, piece: Piece, shell: &mut Shell<'_>) {
+        match self.processes.get_mut(&id) {
+            Some(process) if process.input.fd.is_some() && !process.input.closing => {
+                process.input.queue.push_back(piece);
+                if process.report.is_none() {
+                    self.write_input(id, shell);
+                }
+            }
+            _ => shell.connections.release(piece.from, piece.cost),
+        }
+    }
+
+    /// The stream that started a process has ended its half. That is the end of the input, but for a
+    /// detached process, whose input comes from whoever attaches.
+    pub fn on_finished(&mut self, id: ProcessKey, shell: &mut Shell<'_>) {
+        if self.processes.get(&id).is_some_and(|p| !p.detached) {
+            self.end_input(id, shell);
+        }
+    }
+
+    /// Closes a process's input once everything before is written. A terminal has no such end.
+    pub fn end_input(&mut self, id: ProcessKey, shell: &mut Shell<'_>) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        process.input.closing = !process.terminal;
+        self.write_input(id, shell);
+    }
+
+    /// A stream can take more output.
+    pub fn on_writable(&mut self, id: ProcessKey, shell: &mut Shell<'_>) {
+        self.advance(id, shell);
+    }
+
+    /// A stream is gone.
+    pub fn on_stream_gone(&mut self, key: StreamKey, task: Task, shell: &mut Shell<'_>) {
+        let (Task::Owner(id) | Task::Watcher(id)) = task;
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        process.watchers.retain(|w| w.key != key);
+        if process.owner == Some(key) {
+            process.owner = None;
+            if !process.detached {
+                self.stop(id, shell.now_ms);
+            }
+        }
+        self.advance(id, shell);
+    }
+
+    /// Asks a process group to end, and kills it when it does not.
+    fn stop(&mut self, id: ProcessKey, now_ms: u64) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        if process.exit.is_some() || process.stopping != Stopping::No {
+            return;
+        }
+        process.stopping = Stopping::Asked;
+        let _ = signal::kill_group(process.pid, libc::SIGTERM as u32);
+        process.set_timer(&mut self.timers, id, Timer::Kill, now_ms + KILL_AFTER_MS);
+    }
+
+    /// When the first timer is due.
+    pub fn next_timeout_ms(&self) -> Option<u64> {
+        self.timers.next_ms()
+    }
+
+    /// Does what is due.
+    pub fn handle_timeouts(&mut self, shell: &mut Shell<'_>) {
+        while let Some((id, timer)) = self.timers.take_due(shell.now_ms) {
+            let Some(process) = self.processes.get_mut(&id) else { continue };
+            process.clear_timer(&mut self.timers, id, timer);
+            match timer {
+                Timer::Deadline => {
+                    process.timed_out = true;
+                    self.stop(id, shell.now_ms);
+                }
+                Timer::Kill => {
+                    process.stopping = Stopping::Killed;
+                    if process.exit.is_none() {
+                        let _ = signal::kill_group(process.pid, libc::SIGKILL as u32);
+                    }
+                }
+                Timer::Drain => {
+                    process.drained = true;
+                    self.advance(id, shell);
+                }
+                Timer::Stall => self.cut_stalled(id, shell),
+                Timer::Expire => self.forget(id, shell),
+            }
+        }
+    }
+
+    /// Lets go of the watchers that hold a detached process up.
+    fn cut_stalled(&mut self, id: ProcessKey, shell: &mut Shell<'_>) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        let slowest = process.needed_from();
+        process.watchers.retain(|watcher| {
+            if watcher.at == slowest {
+                let text = format!("this watcher fell behind: attach again from byte {}", watcher.at);
+                shell.connections.reset(watcher.key, Code::ResourceExhausted, &text);
+            }
+            watcher.at != slowest
+        });
+        self.advance(id, shell);
+    }
+
+    fn by_tag(&self, tag: &str) -> Option<ProcessKey> {
+        // The last one: a tag is free again once its process has ended.
+        self.processes.iter().rev().find(|(_, p)| p.tag == tag).map(|(id, _)| *id)
+    }
+
+    /// Finds a process by its id in decimal, or by its tag.
+    fn select(&self, selector: &str) -> Result<ProcessKey, Error> {
+        let found = match crate::users::number(selector.as_bytes()) {
+            Some(pid) => self.processes.iter().rev().find(|(_, p)| p.pid == pid).map(|(id, _)| *id),
+            None if selector.is_empty() => None,
+            None => self.by_tag(selector),
+        };
+        found.filter(|id| self.processes.get(id).is_some_and(|p| p.report.is_none())).ok_or_else(|| {
+            Error::new(
+                Code::NotFound,
+                format!("no process {selector:?} runs: list the processes for their ids and tags"),
+            )
+        })
+    }
+
+    /// Sends a signal to the group of a selected process.
+    pub fn signal(&mut self, selector: &str, number: u32) -> Result<(), Error> {
+        let id = self.select(selector)?;
+        self.signal_process(id, number)
+    }
+
+    /// Sends a signal to a process's group.
+    pub fn signal_process(&mut self, id: ProcessKey, number: u32) -> Result<(), Error> {
+        if !(1..=signal::MAX_SIGNAL).contains(&number) {
+            return Err(Error::new(Code::InvalidRequest, "a signal is a number from 1 to 64"));
+        }
+        match self.processes.get(&id).filter(|p| p.exit.is_none()) {
+            Some(process) => signal::kill_group(process.pid, number)
+                .map_err(|e| request::errno_error("cannot send the signal", e)),
+            None => Err(Error::new(Code::NotFound, "the process has ended already")),
+        }
+    }
+
+    /// Sets the size of a process's terminal.
+    pub fn resize(&self, id: ProcessKey, columns: u16, rows: u16) -> Result<(), Error> {
+        let process = self.processes.get(&id).filter(|p| p.terminal);
+        let Some(master) = process.and_then(|p| p.outputs.first()).and_then(|o| o.fd.as_ref()) else {
+            return Err(Error::new(Code::InvalidState, "the process has no terminal"));
+        };
+        pty::resize(master, columns.max(1), rows.max(1))
+            .map_err(|e| request::errno_error("cannot resize the terminal", e))
+    }
+
+    /// Lets a stream watch a process.
+    pub fn attach(
+        &mut self,
+        key: StreamKey,
+        selector: &str,
+        from_byte: u64,
+        shell: &mut Shell<'_>,
+    ) -> Result<(), Error> {
+        let id = self.select(selector)?;
+        let Some(process) = self.processes.get_mut(&id) else { return Ok(()) };
+        if process.watchers.len() >= MAX_WATCHERS {
+            return Err(Error::new(
+                Code::ResourceExhausted,
+                format!("{MAX_WATCHERS} streams watch the process already"),
+            ));
+        }
+        let at = from_byte.clamp(process.ring.start(), process.ring.end());
+        process.watchers.push(Watcher { key, at });
+        let attached = ProcessAttached { pid: process.pid, tag: process.tag.clone(), from_byte: at };
+        shell.connections.send(key, &attached);
+        shell.connections.set_task(key, Task::Watcher(id));
+        // It is needed again for a while.
+        process.clear_timer(&mut self.timers, id, Timer::Expire);
+        self.ended.retain(|other| *other != id);
+        self.advance(id, shell);
+        Ok(())
+    }
+
+    /// The processes that run, in messages of bounded size; at least one.
+    pub fn list(&self) -> Vec<ProcessListReply> {
+        let mut replies = alloc::vec![ProcessListReply::default()];
+        let mut size = 0;
+        for process in self.processes.values().filter(|p| p.is_running()) {
+            let argv = listed_argv(&process.argv);
+            let cost = argv.iter().map(|a| a.len() + 4).sum::<usize>() + process.tag.len() + 16;
+            if size + cost > MAX_LIST_MESSAGE {
+                replies.push(ProcessListReply::default());
+                size = 0;
+            }
+            size += cost;
+            if let Some(last) = replies.last_mut() {
+                last.processes.push(((process.pid, process.tag.clone()), argv));
+            }
+        }
+        replies
+    }
+
+    /// Ends every process, at the end of envd itself.
+    pub fn kill_all(&mut self) {
+        for process in self.processes.values().filter(|p| p.exit.is_none()) {
+            let _ = signal::kill_group(process.pid, libc::SIGKILL as u32);
+        }
+    }
+
+    /// Takes over a pipe of an ended process that others still write to.
+    fn keep_left_over(&mut self, fd: Fd, shell: &Shell<'_>) {
+        if self.left_over.len() >= MAX_LEFT_OVER {
+            self.left_over.pop_first();
+        }
+        let number = self.next_left_over;
+        self.next_left_over = self.next_left_over.wrapping_add(1);
+        if shell.epoll.add(&fd, libc::EPOLLIN, Token::LeftOver(number).pack()).is_ok() {
+            self.left_over.insert(number, fd);
+        }
+    }
+
+    /// Throws away what came through a left-over pipe.
+    pub fn on_left_over(&mut self, number: u32, scratch: &mut [u8]) {
+        if let Some(fd) = self.left_over.get(&number)
+            && !matches!(fd.read(scratch), Ok(1..) | Err(Errno(libc::EAGAIN)))
+        {
+            self.left_over.remove(&number);
+        }
+    }
+}
+
+/// Both ends of a new process's standard streams.
+struct Ends {
+    child: [Fd; 3],
+    input: Option<Fd>,
+    outputs: Vec<Output>,
+}
+
+impl Ends {
+    fn open(start: &ProcessStart, owner: u32) -> Result<Ends, Errno> {
+        let output = |fd, channel| Output { fd: Some(fd), channel, watched: false };
+        if start.terminal_columns > 0 {
+            let (master, slave) = pty::open(owner, start.terminal_columns, start.terminal_rows)?;
+            let child = [slave.duplicate()?, slave.duplicate()?, slave];
+            let input = master.duplicate()?;
+            let outputs = alloc::vec![output(master, CHANNEL_TERMINAL)];
+            return Ok(Ends { child, input: Some(input), outputs });
+        }
+        let (stdin, input) = if start.stdin {
+            let (reader, writer) = fd::pipe(0)?;
+            writer.set_nonblocking()?;
+            (reader, Some(writer))
+        } else {
+            (file::open(file::CURRENT, c"/dev/null", libc::O_RDONLY, 0)?, None)
+        };
+        let (out_reader, stdout) = fd::pipe(0)?;
+        let (error_reader, stderr) = fd::pipe(0)?;
+        out_reader.set_nonblocking()?;
+        error_reader.set_nonblocking()?;
+        let outputs = alloc::vec![output(out_reader, CHANNEL_STDOUT), output(error_reader, CHANNEL_STDERR)];
+        Ok(Ends { child: [stdin, stdout, stderr], input, outputs })
+    }
+}
+
+/// Gives every watcher what it has not got and can take now. Whether anything moved.
+fn send_to_watchers(process: &mut Process, connections: &mut Connections) -> bool {
+    let mut moved = false;
+    let ring = &process.ring;
+    process.watchers.retain_mut(|watcher| {
+        // A watcher of a detached process that was held up longer than others were.
+        watcher.at = watcher.at.max(ring.start());
+        while let Some((channel, piece)) = ring.piece(watcher.at) {
+            let Some(taken) = connections.send_data(watcher.key, channel, piece) else { return false };
+            watcher.at += taken as u64;
+            moved |= taken > 0;
+            if taken < piece.len() {
+                break;
+            }
+        }
+        true
+    });
+    moved
+}
+
+/// What a read from a process gave.
+enum Read {
+    Some,
+    Nothing,
+    End,
+}
+
+/// Reads once, as much as the ring has room for.
+fn read_output(process: &mut Process, index: usize, shell: &mut Shell<'_>) -> Read {
+    let room = process.ring.room_keeping(process.needed_from()).min(shell.scratch.len());
+    let Some(output) = process.outputs.get_mut(index) else { return Read::Nothing };
+    let Some(fd) = &output.fd else { return Read::End };
+    if room == 0 {
+        return Read::Nothing;
+    }
+    match fd.read(&mut shell.scratch[..room]) {
+        Ok(0) => {}
+        Ok(n) => {
+            process.ring.push(output.channel, &shell.scratch[..n]);
+            return Read::Some;
+        }
+        Err(Errno(libc::EAGAIN)) => return Read::Nothing,
+        // A terminal ends with EIO once nobody has it open.
+        Err(_) => {}
+    }
+    output.fd = None;
+    output.watched = false;
+    Read::End
+}
+
+/// Reads what an ended process left in its pipes. When it has been given its time, a pipe that is empty
+/// but held open by others is taken from the process.
+fn read_after_exit(process: &mut Process, left_over: &mut Vec<Fd>, shell: &mut Shell<'_>) -> bool {
+    let mut moved = false;
+    for index in 0..process.outputs.len() {
+        let room = process.ring.room_keeping(process.needed_from());
+        match read_output(process, index, shell) {
+            Read::Some => moved = true,
+            Read::Nothing if process.drained && room > 0 => {
+                let output = &mut process.outputs[index];
+                if let Some(fd) = output.fd.take() {
+                    if output.watched {
+                        shell.epoll.remove(&fd);
+                        output.watched = false;
+                    }
+                    if !process.terminal {
+                        left_over.push(fd);
+                    }
+                }
+            }
+            Read::Nothing | Read::End => {}
+        }
+    }
+    moved
+}
+
+/// Watches an output while there is room for what it gives. A pipe that is not read is not watched at all:
+/// its end would be reported again and again.
+fn watch_output(process: &mut Process, id: ProcessKey, index: usize, wanted: bool, epoll: &Epoll) {
+    let output = &mut process.outputs[index];
+    // Before exec has succeeded there is nothing to tell yet.
+    let wanted = wanted && process.report.is_none();
+    let Some(fd) = output.fd.as_ref().filter(|_| wanted != output.watched) else { return };
+    if wanted {
+        let token = Token::Process(id, Way::Output(index as u8)).pack();
+        output.watched = epoll.add(fd, libc::EPOLLIN, token).is_ok();
+    } else {
+        epoll.remove(fd);
+        output.watched = false;
+    }
+}
+
+/// Closes a process's input and gives back the credit of what it did not take.
+fn close_input(process: &mut Process, connections: &mut Connections) {
+    process.input.fd = None;
+    process.input.watched = false;
+    process.input.written = 0;
+    for piece in core::mem::take(&mut process.input.queue) {
+        connections.release(piece.from, piece.cost);
+    }
+}
+
+/// The first arguments, as many as a list may show.
+fn listed_argv(argv: &[Bytes]) -> Vec<Bytes> {
+    let mut left = MAX_LISTED_ARGV;
+    let mut listed = Vec::new();
+    for argument in argv {
+        let cut = argument.len().min(left);
+        listed.push(Bytes(argument[..cut].to_vec()));
+        left = left.saturating_sub(cut + 4);
+        if left == 0 {
+            break;
+        }
+    }
+    listed
+}

@@ -1,0 +1,153 @@
+//! What envd does for a session: one place where messages become work.
+
+use crate::connection::{ConnectionId, StreamKey, Task};
+use crate::daemon::Daemon;
+use crate::log::log;
+use crate::process::ProcessKey;
+use crate::process::table::Piece;
+use alloc::format;
+use alloc::string::ToString;
+use wire::message::{
+    Code, Done, Error, Health, HealthReply, Message, ProcessAttach, ProcessEndInput, ProcessList,
+    ProcessSignal, ProcessStart, TerminalResize,
+};
+use wire::session::{Event, SessionError};
+
+impl Daemon {
+    /// Handles one event of a session.
+    pub(crate) fn on_event(&mut self, connection: ConnectionId, event: Event) {
+        let key = |stream| StreamKey { connection, stream };
+        match event {
+            Event::Authenticate { identity } => self.authenticate(connection, &identity),
+            Event::Ready { .. } => self.connections.set_proven(connection),
+            Event::Opened { stream, kind, body } => {
+                if let Err(error) = self.on_opened(key(stream), kind, &body) {
+                    self.connections.fail(key(stream), &error);
+                }
+            }
+            Event::Message { stream, kind, body, cost } => {
+                self.on_message(key(stream), kind, &body);
+                self.connections.release(key(stream), cost);
+            }
+            Event::Data { stream, bytes, cost, .. } => {
+                let key = key(stream);
+                match self.connections.task(key) {
+                    Some(Task::Owner(id) | Task::Watcher(id)) => {
+                        let piece = Piece { from: key, cost, bytes };
+                        self.with_supervisor(|s, shell| s.on_input(id, piece, shell));
+                    }
+                    // It crossed the end of what it was for.
+                    None => self.connections.release(key, cost),
+                }
+            }
+            Event::Finished { stream } => {
+                if let Some(Task::Owner(id)) = self.connections.task(key(stream)) {
+                    self.with_supervisor(|s, shell| s.on_finished(id, shell));
+                }
+            }
+            Event::Reset { stream, .. } => self.stream_gone(key(stream)),
+            Event::Writable { stream } => {
+                if let Some(Task::Owner(id) | Task::Watcher(id)) = self.connections.task(key(stream)) {
+                    self.with_supervisor(|s, shell| s.on_writable(id, shell));
+                }
+            }
+            Event::GoingAway { .. } => {}
+            Event::Closed { error } => {
+                if matches!(error, SessionError::Auth(_) | SessionError::Integrity) {
+                    log!("a connection was refused: {error}");
+                }
+            }
+        }
+    }
+
+    fn stream_gone(&mut self, key: StreamKey) {
+        if let Some(task) = self.connections.end_task(key) {
+            self.with_supervisor(|s, shell| s.on_stream_gone(key, task, shell));
+        }
+    }
+
+    /// A stream's first message says what it is for.
+    fn on_opened(&mut self, key: StreamKey, kind: u16, body: &[u8]) -> Result<(), Error> {
+        match kind {
+            Health::KIND => {
+                decode::<Health>(body)?;
+                let reply = HealthReply {
+                    version: env!("CARGO_PKG_VERSION").to_string(),
+                    uptime_ms: self.now_ms - self.started_ms,
+                };
+                self.connections.send_last(key, &reply);
+            }
+            ProcessStart::KIND => {
+                let start = decode::<ProcessStart>(body)?;
+                let defaults = core::mem::take(&mut self.defaults);
+                let result = self.with_supervisor(|s, shell| s.start(key, &start, &defaults, shell));
+                self.defaults = defaults;
+                result?;
+            }
+            ProcessSignal::KIND => {
+                let message = decode::<ProcessSignal>(body)?;
+                self.supervisor.signal(&message.selector, message.signal)?;
+                self.connections.send_last(key, &Done {});
+            }
+            ProcessList::KIND => {
+                decode::<ProcessList>(body)?;
+                let mut replies = self.supervisor.list().into_iter().peekable();
+                while let Some(reply) = replies.next() {
+                    if replies.peek().is_some() {
+                        self.connections.send(key, &reply);
+                    } else {
+                        self.connections.send_last(key, &reply);
+                    }
+                }
+            }
+            ProcessAttach::KIND => {
+                let attach = decode::<ProcessAttach>(body)?;
+                self.with_supervisor(|s, shell| s.attach(key, &attach.selector, attach.from_byte, shell))?;
+            }
+            _ => {
+                return Err(Error::new(
+                    Code::Unimplemented,
+                    format!(
+                        "message kind {kind:#06x} does not start anything here: upgrade the template's envd"
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// A further message concerns what its stream is for. It has no answer of its own but an error.
+    fn on_message(&mut self, key: StreamKey, kind: u16, body: &[u8]) {
+        let Some(Task::Owner(id) | Task::Watcher(id)) = self.connections.task(key) else { return };
+        if let Err(error) = self.on_process_message(id, kind, body) {
+            // The process goes on; only what was asked did not happen.
+            self.connections.send(key, &error);
+        }
+    }
+
+    fn on_process_message(&mut self, id: ProcessKey, kind: u16, body: &[u8]) -> Result<(), Error> {
+        match kind {
+            TerminalResize::KIND => {
+                let size = decode::<TerminalResize>(body)?;
+                self.supervisor.resize(id, size.columns, size.rows)
+            }
+            ProcessSignal::KIND => {
+                let message = decode::<ProcessSignal>(body)?;
+                self.supervisor.signal_process(id, message.signal)
+            }
+            ProcessEndInput::KIND => {
+                decode::<ProcessEndInput>(body)?;
+                self.with_supervisor(|s, shell| s.end_input(id, shell));
+                Ok(())
+            }
+            _ => Err(Error::new(
+                Code::Unimplemented,
+                format!("message kind {kind:#06x} does not belong on a process's stream"),
+            )),
+        }
+    }
+}
+
+fn decode<M: Message>(body: &[u8]) -> Result<M, Error> {
+    M::decode(body).map_err(|e| Error::new(Code::InvalidRequest, format!("{} is malformed: {e}", M::NAME)))
+}

@@ -1,0 +1,95 @@
+//! What only an init does: mounts, kernel modules, the host name, the power.
+
+use super::fd::Fd;
+use super::syscall::{Errno, syscall};
+use core::ffi::CStr;
+
+/// Mounts a file system, mount(2). `data` are its own options.
+pub fn mount(
+    source: &CStr,
+    target: &CStr,
+    kind: &CStr,
+    flags: libc::c_ulong,
+    data: &CStr,
+) -> Result<(), Errno> {
+    // SAFETY: all strings are NUL-terminated.
+    unsafe {
+        syscall!(libc::SYS_mount, source.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, data.as_ptr())
+    }?;
+    Ok(())
+}
+
+/// Changes the working directory.
+pub fn change_directory(path: &CStr) -> Result<(), Errno> {
+    // SAFETY: the path is NUL-terminated.
+    unsafe { syscall!(libc::SYS_chdir, path.as_ptr()) }?;
+    Ok(())
+}
+
+/// Makes the working directory the root directory.
+pub fn change_root_here() -> Result<(), Errno> {
+    // SAFETY: the path is NUL-terminated.
+    unsafe { syscall!(libc::SYS_chroot, c".".as_ptr()) }?;
+    Ok(())
+}
+
+/// Loads a kernel module from an open file, without options.
+pub fn load_module(module: &Fd) -> Result<(), Errno> {
+    // SAFETY: the options are NUL-terminated.
+    unsafe { syscall!(libc::SYS_finit_module, module.raw(), c"".as_ptr(), 0) }?;
+    Ok(())
+}
+
+/// Sets the host name, 1 to 64 bytes.
+pub fn set_host_name(name: &[u8]) -> Result<(), Errno> {
+    // SAFETY: the bytes are readable for their length.
+    unsafe { syscall!(libc::SYS_sethostname, name.as_ptr(), name.len()) }?;
+    Ok(())
+}
+
+/// Copies descriptor `from` to 0, 1 and 2.
+pub fn use_as_standard_streams(from: &Fd) -> Result<(), Errno> {
+    for target in 0..3 {
+        // SAFETY: integer arguments. Nothing in this process owns 0 to 2.
+        unsafe { syscall!(libc::SYS_dup2, from.raw(), target) }?;
+    }
+    Ok(())
+}
+
+/// This process's id.
+pub fn process_id() -> u32 {
+    // SAFETY: takes nothing and cannot fail.
+    unsafe { syscall!(libc::SYS_getpid) }.map_or(0, |pid| pid as u32)
+}
+
+/// Writes everything to disk.
+pub fn sync_all() {
+    // SAFETY: takes nothing and cannot fail.
+    let _ = unsafe { syscall!(libc::SYS_sync) };
+}
+
+/// Makes the caller undying for the kernel's memory pressure, so that a guest stays reachable.
+pub fn set_oom_score(score: &[u8]) {
+    if let Ok(fd) = super::file::open(super::file::CURRENT, c"/proc/self/oom_score_adj", libc::O_WRONLY, 0) {
+        // Without the right to it, the score stays as it is.
+        let _ = fd.write(score);
+    }
+}
+
+/// Ends the virtual machine. Returns only when the caller may not do that.
+///
+/// It asks for a restart, not for power off: without ACPI the latter only halts the processor, while
+/// every VMM that Wrenn drives is told to exit when its guest restarts.
+pub fn end_machine() {
+    sync_all();
+    // SAFETY: the magic numbers of reboot(2).
+    let _ = unsafe {
+        syscall!(
+            libc::SYS_reboot,
+            libc::LINUX_REBOOT_MAGIC1 as u32,
+            libc::LINUX_REBOOT_MAGIC2,
+            libc::LINUX_REBOOT_CMD_RESTART as u32,
+            0usize
+        )
+    };
+}
