@@ -119,6 +119,55 @@ impl Client {
     }
 }
 
+/// One connection for many requests, as a client that keeps it alive has.
+#[derive(Debug)]
+pub struct Connection {
+    client: Client,
+    stream: TcpStream,
+    unread: Vec<u8>,
+}
+
+impl Connection {
+    /// Connects with a client's address, headers and timeout.
+    pub fn open(client: &Client) -> Result<Connection> {
+        let stream = TcpStream::connect(&client.address).context(format!("connect to {}", client.address))?;
+        stream.set_read_timeout(Some(client.timeout)).context("set a timeout")?;
+        stream.set_nodelay(true).context("TCP_NODELAY")?;
+        Ok(Connection { client: client.clone(), stream, unread: Vec::new() })
+    }
+
+    /// `POST` of a JSON body; the answer must have a `Content-Length`.
+    pub fn post(&mut self, path: &str, body: &Value) -> Result<Answer> {
+        let body = body.to_string();
+        let mut request = format!(
+            "POST {path} HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n",
+            self.client.address,
+            body.len()
+        );
+        for (name, value) in &self.client.headers {
+            request.push_str(&format!("{name}: {value}\r\n"));
+        }
+        request.push_str("\r\n");
+        request.push_str(&body);
+        self.stream.write_all(request.as_bytes()).context(format!("POST {path}"))?;
+        let mut block = [0; 65_536];
+        loop {
+            if let Ok(answer) = parse(&self.unread)
+                && answer.header("content-length").is_some()
+            {
+                // One request is under way at a time, so what was read is this answer and no more.
+                self.unread.clear();
+                return Ok(answer);
+            }
+            let n = self.stream.read(&mut block).context(format!("POST {path}"))?;
+            if n == 0 {
+                return Err(Failure(format!("POST {path}: the server closed the connection")));
+            }
+            self.unread.extend_from_slice(&block[..n]);
+        }
+    }
+}
+
 fn parse(raw: &[u8]) -> Result<Answer> {
     let end = raw
         .windows(4)

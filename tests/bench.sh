@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# `make bench`: every figure of the project, each beside its floor. Needs root and `make rootfs`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+cargo run --quiet --release --locked -j"${JOBS:-2}" -p wrenn-tests --bin bench
