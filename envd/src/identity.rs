@@ -15,10 +15,13 @@ use wire::auth::Verifier;
 
 /// The metadata service.
 const SERVICE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(169, 254, 169, 254), 80);
-/// Time for one try, in milliseconds.
-const TRY_MS: u64 = 2_000;
+/// Time for the answers of one try, in milliseconds.
+const ANSWER_MS: u64 = 2_000;
+/// Time to connect in the first try; each further one has twice as long, up to [`ANSWER_MS`]. The first
+/// packets of a link that just came up may be lost, and TCP itself would try again only after a second.
+const FIRST_CONNECT_MS: u64 = 20;
 /// Pause before the second try; each further one is twice as long, up to [`MAX_PAUSE_MS`].
-const FIRST_PAUSE_MS: u64 = 20;
+const FIRST_PAUSE_MS: u64 = 5;
 /// The longest pause between tries.
 const MAX_PAUSE_MS: u64 = 1_000;
 /// Tries before envd gives up: some minutes, far beyond the time in which a host waits for a guest.
@@ -73,7 +76,8 @@ impl Identity {
             return;
         }
         self.tries += 1;
-        self.due_ms = Some(now_ms + TRY_MS);
+        let connect_ms = (FIRST_CONNECT_MS << (self.tries - 1).min(10)).min(ANSWER_MS);
+        self.due_ms = Some(now_ms + connect_ms);
         let (fetch, output) = Fetch::start();
         let begun = socket::connect(SERVICE).and_then(|fd| {
             epoll.add(&fd, libc::EPOLLOUT, Token::Metadata.pack())?;
@@ -105,8 +109,14 @@ impl Identity {
     /// The socket is ready: the document, once it is there.
     pub fn on_ready(&mut self, epoll: &Epoll, scratch: &mut [u8], now_ms: u64) -> Option<Metadata> {
         let attempt = self.current.as_mut()?;
+        let was_connected = attempt.connected;
         match attempt.go_on(epoll, scratch) {
-            Ok(None) => None,
+            Ok(None) => {
+                if attempt.connected && !was_connected {
+                    self.due_ms = Some(now_ms + ANSWER_MS);
+                }
+                None
+            }
             Ok(Some(metadata)) => {
                 self.current = None;
                 self.due_ms = None;

@@ -32,7 +32,8 @@ impl Daemon {
         std::fs::write(&verifier, Verifier::new(SECRET, &[7; 16], ITERATIONS).to_text())
             .expect("verifier file");
         // The release binary can be tested as well as the one that was built with the tests.
-        let program = std::env::var("ENVD_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_envd").to_string());
+        let program = std::env::var("ENVD_BIN")
+            .unwrap_or_else(|_| option_env!("CARGO_BIN_EXE_envd").unwrap_or("envd").to_string());
         let mut child = Command::new(program)
             .args(["--listen", "127.0.0.1:0", "--verifier-file"])
             .arg(&verifier)
