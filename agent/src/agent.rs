@@ -270,8 +270,12 @@ impl Agent {
                     return;
                 }
             };
-            if self.peers.len() >= MAX_PEERS || self.stopping {
-                log::warn!("connection from {address} refused: {} are open", self.peers.len());
+            if self.stopping {
+                log::debug!("connection from {address} refused: shutting down");
+                continue;
+            }
+            if self.peers.len() >= MAX_PEERS {
+                log::warn!("connection from {address} refused: {MAX_PEERS} are open");
                 continue;
             }
             let id = self.next_peer;

@@ -1,7 +1,8 @@
 //! What the agent does for a control plane: the requests of one wire session.
 
 use crate::agent::{Agent, Dirty, MAX_CAPSULES};
-use crate::capsule::lifecycle::Event as LifeEvent;
+use crate::capsule::failure::Failure;
+use crate::capsule::lifecycle::{Event as LifeEvent, Part};
 use crate::capsule::spec::Reserved;
 use crate::capsule::{Capsule, CapsuleKey, CapsuleTimer, MAX_WAITERS, Spec};
 use crate::context::{PeerId, TimerKey};
@@ -249,9 +250,16 @@ impl Agent {
             match greeting {
                 Greeting::Pending => {}
                 Greeting::Welcome => {
-                    self.apply(key, LifeEvent::Made(crate::capsule::lifecycle::Part::Guest));
+                    self.apply(key, LifeEvent::Made(Part::Guest));
                 }
-                Greeting::Refused(reason) => self.lose_guest(key, reason),
+                Greeting::Refused(reason) if capsule.state() == CapsuleState::Running => {
+                    self.lose_guest(key, reason);
+                }
+                // Asking again would bring the same answer.
+                Greeting::Refused(reason) => {
+                    let failure = Failure::Make { part: Part::Guest, reason };
+                    self.apply(key, LifeEvent::GuestRefused(failure));
+                }
             }
             return;
         }

@@ -146,13 +146,13 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
     if open_files < FEW_OPEN_FILES {
         log::warn!("only {open_files} open files are allowed: set LimitNOFILE= or `ulimit -n` higher");
     }
+    let cleared = recover(&layout)?;
+    host::install(true)?;
+    let slots = free_slots(&config, &cleared.left)?;
     let listener = TcpListener::bind(config.listen_address).map_err(system(format!(
         "listening on {} (set WRENN_HOST_LISTEN_ADDR to another address)",
         config.listen_address
     )))?;
-    let cleared = recover(&layout)?;
-    host::install(true)?;
-    let slots = free_slots(&config, &cleared.left)?;
     let poll = Poll::new().map_err(system("making the event loop"))?;
     let registry = poll.registry().try_clone().map_err(system("making the event loop"))?;
     // The tokens of sources are counted up from 0.

@@ -120,6 +120,8 @@ pub enum Event {
     MachineExited(Failure),
     /// The session to the guest daemon broke; the machine runs.
     GuestLost,
+    /// The guest daemon refuses to work with this agent.
+    GuestRefused(Failure),
     /// The time for creating is over.
     Deadline(Failure),
     /// Whoever asked for the capsule is gone or does not want it any more.
@@ -258,7 +260,7 @@ impl Lifecycle {
                     self.set(Part::Guest, Presence::Absent);
                 }
             }
-            Event::Deadline(failure) => {
+            Event::GuestRefused(failure) | Event::Deadline(failure) => {
                 if self.creating && self.goal == Goal::Up {
                     self.fail(failure);
                 }

@@ -96,6 +96,10 @@ impl Place {
         let pids = processes.filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
         pids.filter(|pid| {
             let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            // One that has ended and waits for its parent to look runs no more.
+            if status.lines().any(|l| l.starts_with("State:") && l.contains('Z')) {
+                return false;
+            }
             let uid = status.lines().find_map(|l| l.strip_prefix("Uid:"));
             let uid = uid.and_then(|l| l.split_ascii_whitespace().next()?.parse().ok());
             uid.is_some_and(|uid| uids.contains(&uid))
