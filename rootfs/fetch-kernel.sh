@@ -31,12 +31,12 @@ need apt-get apt-cache
 
 # field PACKAGE FIELD: of the candidate version, empty when apt does not know it.
 field() {
-    apt-cache show --no-all-versions "$1" 2>/dev/null | sed -n "s/^$2: //p" | head -n 1
+    apt-cache show --no-all-versions "$1" 2>/dev/null | sed -n "s/^$2: //p"
 }
 
 # download: the newest kernel that apt knows, into the scratch directory.
 download() {
-    package=$(field "$METAPACKAGE" Depends | tr ',|' '\n\n' | sed -n 's/^ *\(linux-image-[^ ]*-cloud-amd64\).*/\1/p' | head -n 1)
+    package=$(field "$METAPACKAGE" Depends | tr ',' '\n' | sed -n 's/^ *\(linux-image-[^ ]*-cloud-amd64\).*/\1/p')
     [[ $package ]] || return 1
     version=$(field "$package" Version) sha256=$(field "$package" SHA256)
     [[ $version && $sha256 ]] || return 1

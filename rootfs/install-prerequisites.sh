@@ -59,7 +59,7 @@ apt-get -o "DPkg::Lock::Timeout=$APT_LOCK_WAIT_SEC" -qq update || die "apt-get u
 
 # Backports' QEMU is newer, where the machine has that archive.
 if [[ " ${packages[*]} " == *" qemu-system-x86 "* ]]; then
-    release=$(apt-cache policy | sed -n 's/.*,n=\([a-z]*-backports\),.*/\1/p' | head -n 1)
+    release=$(apt-cache policy | sed -n 's/.*,n=\([a-z]*-backports\),.*/\1/p' | sort -u | tail -n 1)
     # Parts of another version of QEMU do not go together with it: those that it would remove come
     # along in a version that does.
     qemu=(qemu-system-x86)

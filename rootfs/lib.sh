@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts of this directory: messages, digests, and files that appear whole or not at
 # all. Every script works in one scratch directory, removed however the script ends.
 
