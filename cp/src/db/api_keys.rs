@@ -1,0 +1,170 @@
+//! `api_keys`: what programs act for a team with.
+
+use super::{DbError, Sql, Timestamp, column};
+use postgres::Row;
+use serde::Serialize;
+
+/// A key, as the API tells it.
+#[derive(Debug, Clone, Serialize)]
+pub struct ApiKey {
+    /// `key-…`
+    pub id: String,
+    /// The team that it acts for.
+    pub team_id: String,
+    /// 1 to 100 characters.
+    pub name: String,
+    /// What people recognise it by.
+    pub key_prefix: String,
+    /// Since when.
+    pub created_at: Timestamp,
+    /// About when it was last used.
+    pub last_used: Option<Timestamp>,
+}
+
+/// A new key.
+#[derive(Debug, Clone)]
+pub struct NewApiKey<'a> {
+    /// `key-…`
+    pub id: &'a str,
+    /// The team that it acts for.
+    pub team_id: &'a str,
+    /// 1 to 100 characters.
+    pub name: &'a str,
+    /// SHA-256 of the key.
+    pub key_hash: &'a [u8; 32],
+    /// What people recognise it by.
+    pub key_prefix: &'a str,
+    /// The verifier for clients of the wire protocol, in its text form.
+    pub wire_verifier: &'a str,
+    /// Who made it.
+    pub created_by: &'a str,
+}
+
+fn api_key(row: &Row) -> Result<ApiKey, DbError> {
+    Ok(ApiKey {
+        id: column(row, "id")?,
+        team_id: column(row, "team_id")?,
+        name: column(row, "name")?,
+        key_prefix: column(row, "key_prefix")?,
+        created_at: column(row, "created_at")?,
+        last_used: column(row, "last_used")?,
+    })
+}
+
+/// Adds a key.
+///
+/// # Errors
+/// What the database says.
+pub fn insert(sql: &mut dyn Sql, new: &NewApiKey<'_>) -> Result<ApiKey, DbError> {
+    let row = sql.row(
+        "insert into api_keys (id, team_id, name, key_hash, key_prefix, wire_verifier, created_by)
+         values ($1, $2, $3, $4, $5, $6, $7)
+         returning id, team_id, name, key_prefix, created_at, last_used",
+        &[
+            &new.id,
+            &new.team_id,
+            &new.name,
+            &new.key_hash.as_slice(),
+            &new.key_prefix,
+            &new.wire_verifier,
+            &new.created_by,
+        ],
+    )?;
+    api_key(&row.ok_or_else(|| DbError::Bug("insert without a row".into()))?)
+}
+
+/// A team's keys, the oldest first.
+///
+/// # Errors
+/// What the database says.
+pub fn of_team(sql: &mut dyn Sql, team_id: &str) -> Result<Vec<ApiKey>, DbError> {
+    sql.rows(
+        "select id, team_id, name, key_prefix, created_at, last_used from api_keys
+         where team_id = $1 order by created_at, id",
+        &[&team_id],
+    )?
+    .iter()
+    .map(api_key)
+    .collect()
+}
+
+/// How many keys a team has.
+///
+/// # Errors
+/// What the database says.
+pub fn count(sql: &mut dyn Sql, team_id: &str) -> Result<i64, DbError> {
+    let row = sql.row("select count(*) as keys from api_keys where team_id = $1", &[&team_id])?;
+    row.map_or(Ok(0), |row| column(&row, "keys"))
+}
+
+/// Revokes a team's key and gives its name; `None` when the team has no such key.
+///
+/// # Errors
+/// What the database says.
+pub fn delete(sql: &mut dyn Sql, team_id: &str, id: &str) -> Result<Option<String>, DbError> {
+    let row =
+        sql.row("delete from api_keys where id = $1 and team_id = $2 returning name", &[&id, &team_id])?;
+    row.map(|row| column(&row, "name")).transpose()
+}
+
+/// Whose key it is, and whether its use should be noted.
+#[derive(Debug, Clone)]
+pub struct KeyHolder {
+    /// `key-…`
+    pub id: String,
+    /// The key's name.
+    pub name: String,
+    /// The team that it acts for.
+    pub team_id: String,
+    /// Whether the noted last use is more than a minute old.
+    pub is_use_stale: bool,
+}
+
+/// The key with this hash, of a team that was not deleted.
+///
+/// # Errors
+/// What the database says.
+pub fn find_by_hash(sql: &mut dyn Sql, hash: &[u8; 32]) -> Result<Option<KeyHolder>, DbError> {
+    let row = sql.row(
+        "select k.id, k.name, k.team_id,
+             (k.last_used is null or k.last_used < now() - interval '1 minute') as is_use_stale
+         from api_keys k join teams t on t.id = k.team_id
+         where k.key_hash = $1 and t.deleted_at is null",
+        &[&hash.as_slice()],
+    )?;
+    row.map(|row| {
+        Ok(KeyHolder {
+            id: column(&row, "id")?,
+            name: column(&row, "name")?,
+            team_id: column(&row, "team_id")?,
+            is_use_stale: column(&row, "is_use_stale")?,
+        })
+    })
+    .transpose()
+}
+
+/// Notes that a key was used. To the minute: every request would otherwise wait for the disk.
+///
+/// # Errors
+/// What the database says.
+pub fn note_use(sql: &mut dyn Sql, id: &str) -> Result<(), DbError> {
+    sql.execute(
+        "update api_keys set last_used = now()
+         where id = $1 and (last_used is null or last_used < now() - interval '1 minute')",
+        &[&id],
+    )?;
+    Ok(())
+}
+
+/// The verifier for a client of the wire protocol that calls itself by a key's id, and the key's team.
+///
+/// # Errors
+/// What the database says.
+pub fn wire_verifier(sql: &mut dyn Sql, id: &str) -> Result<Option<(String, String)>, DbError> {
+    let row = sql.row(
+        "select k.wire_verifier, k.team_id from api_keys k join teams t on t.id = k.team_id
+         where k.id = $1 and t.deleted_at is null",
+        &[&id],
+    )?;
+    row.map(|row| Ok((column(&row, "wire_verifier")?, column(&row, "team_id")?))).transpose()
+}
