@@ -5,9 +5,12 @@
 //! version or feature makes the exchange fail.
 
 use crate::base64;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use core::fmt;
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
-use std::fmt;
 
 /// PBKDF2 rounds for secrets that are themselves random (API keys, host and capsule secrets): the
 /// least that RFC 7677 allows, since there is no dictionary to slow down.
@@ -50,7 +53,7 @@ pub fn constant_time_eq(a: &[u8], b: &[u8]) -> bool {
         return false;
     }
     let difference = a.iter().zip(b).fold(0u8, |acc, (x, y)| acc | (x ^ y));
-    std::hint::black_box(difference) == 0
+    core::hint::black_box(difference) == 0
 }
 
 /// `Hi` of RFC 5802: PBKDF2-HMAC-SHA-256 with one block of output.
@@ -228,7 +231,7 @@ impl fmt::Display for AuthError {
     }
 }
 
-impl std::error::Error for AuthError {}
+impl core::error::Error for AuthError {}
 
 fn identity_is_valid(identity: &str) -> bool {
     (1..=MAX_IDENTITY).contains(&identity.len())

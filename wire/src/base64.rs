@@ -2,6 +2,9 @@
 //!
 //! Here rather than from a crate because the guest daemon's dependencies are counted one by one.
 
+use alloc::string::String;
+use alloc::vec::Vec;
+
 const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
 /// Encodes with padding.

@@ -3,7 +3,10 @@
 //! Everything is big-endian. A length is a `u32` and is checked against the bytes that are really
 //! there before anything is allocated for it. See `PROTOCOL.md`, section "Primitive encodings".
 
-use std::fmt;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use core::fmt;
 
 /// Why bytes did not decode.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,7 +46,7 @@ impl fmt::Display for DecodeError {
     }
 }
 
-impl std::error::Error for DecodeError {}
+impl core::error::Error for DecodeError {}
 
 /// A cursor over bytes that came from outside. Reading past the end is an error, never a panic.
 #[derive(Debug)]
@@ -81,7 +84,7 @@ impl<'a> Reader<'a> {
 
     /// Everything that is left.
     pub fn take_rest(&mut self) -> &'a [u8] {
-        std::mem::take(&mut self.rest)
+        core::mem::take(&mut self.rest)
     }
 
     /// Succeeds when nothing is left.
@@ -155,7 +158,7 @@ impl Field for String {
         out.extend_from_slice(self.as_bytes());
     }
     fn decode(r: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        match std::str::from_utf8(take_counted(r)?) {
+        match core::str::from_utf8(take_counted(r)?) {
             Ok(text) => Ok(text.to_string()),
             Err(_) => Err(DecodeError::NotUtf8),
         }
@@ -168,12 +171,12 @@ pub struct Bytes(pub Vec<u8>);
 
 impl Bytes {
     /// The bytes as text for a person, with U+FFFD where they are not UTF-8.
-    pub fn lossy(&self) -> std::borrow::Cow<'_, str> {
+    pub fn lossy(&self) -> alloc::borrow::Cow<'_, str> {
         String::from_utf8_lossy(&self.0)
     }
 }
 
-impl std::ops::Deref for Bytes {
+impl core::ops::Deref for Bytes {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
         &self.0

@@ -8,7 +8,9 @@
 //! ```
 
 use crate::codec::{DecodeError, Reader};
-use std::fmt;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use core::fmt;
 
 /// Bytes of a frame header.
 pub const HEADER_LEN: usize = 12;

@@ -8,12 +8,17 @@
 //! | [`codec`] | primitive encodings |
 //! | `config` | the daemons' variables and `.env` file (feature `reactor`) |
 //! | [`frame`] | the frame header and frame types |
-//! | [`http1`] | HTTP/1.1 |
+//! | `http1` | HTTP/1.1 (feature `reactor`) |
 //! | [`message`] | every message |
 //! | [`auth`] | SCRAM-SHA-256 and the keys that follow from it |
 //! | `reactor` | the mio shell (feature `reactor`) |
 //! | [`session`] | one connection: handshake, streams, credit, keep-alive |
-//! | [`websocket`] | RFC 6455 |
+//! | `websocket` | RFC 6455 (feature `reactor`) |
+
+// envd is a freestanding program: the session and its messages need an allocator and nothing else.
+#![cfg_attr(not(feature = "reactor"), no_std)]
+
+extern crate alloc;
 
 pub mod auth;
 pub mod base64;
@@ -21,9 +26,11 @@ pub mod codec;
 #[cfg(feature = "reactor")]
 pub mod config;
 pub mod frame;
+#[cfg(feature = "reactor")]
 pub mod http1;
 pub mod message;
 #[cfg(feature = "reactor")]
 pub mod reactor;
 pub mod session;
+#[cfg(feature = "reactor")]
 pub mod websocket;

@@ -3,6 +3,8 @@
 
 use super::messages;
 use crate::codec::{Bytes, DecodeError, Field, Reader};
+use alloc::string::String;
+use alloc::vec::Vec;
 
 /// Where a capsule is in its life, as the public API names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]

@@ -1,7 +1,8 @@
 //! Messages that every peer knows: errors, plain success, health.
 
 use super::messages;
-use std::fmt;
+use alloc::string::String;
+use core::fmt;
 
 messages! {
     /// A request failed. The last message of the stream's half.
@@ -127,4 +128,4 @@ impl fmt::Display for Error {
     }
 }
 
-impl std::error::Error for Error {}
+impl core::error::Error for Error {}

@@ -3,6 +3,7 @@
 
 use super::messages;
 use crate::codec::Bytes;
+use alloc::string::String;
 
 /// DATA channel of a file's content, both ways.
 pub const CHANNEL_FILE: u8 = 4;

@@ -2,6 +2,8 @@
 
 use super::messages;
 use crate::codec::Bytes;
+use alloc::string::String;
+use alloc::vec::Vec;
 
 messages! {
     /// Tells the guest daemon what it could not know: sent by the agent after boot and each resume.

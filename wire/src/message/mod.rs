@@ -5,6 +5,9 @@
 //! breaking this one: a tag below 0x8000 that is not known is skipped; one from 0x8000 up must be
 //! understood, and is refused otherwise.
 
+use alloc::string::String;
+use alloc::vec::Vec;
+
 pub mod capsule;
 pub mod common;
 pub mod file;
@@ -80,7 +83,7 @@ macro_rules! messages {
             impl $crate::message::Message for $name {
                 const KIND: u16 = $kind;
                 const NAME: &'static str = stringify!($name);
-                fn encode(&self, out: &mut Vec<u8>) {
+                fn encode(&self, out: &mut alloc::vec::Vec<u8>) {
                     $($crate::codec::Field::encode(&self.$field, out);)*
                     $crate::codec::Field::encode(&0u16, out);
                 }
@@ -96,22 +99,22 @@ macro_rules! messages {
         )*
 
         /// Every message of this file, for the documentation and vector checks.
-        pub(crate) fn descriptions() -> Vec<$crate::message::Description> {
-            vec![$($crate::message::Description {
+        pub(crate) fn descriptions() -> alloc::vec::Vec<$crate::message::Description> {
+            alloc::vec![$($crate::message::Description {
                 kind: $kind,
                 name: stringify!($name),
-                fields: vec![$((stringify!($field), <$ty as $crate::codec::Field>::type_name()),)*],
+                fields: alloc::vec![$((stringify!($field), <$ty as $crate::codec::Field>::type_name()),)*],
             },)*]
         }
 
         /// Decodes a body of one of this file's kinds and encodes it again, with its debug form.
         /// `None` when the kind is not of this file.
-        pub(crate) fn recode(kind: u16, body: &[u8]) -> Option<Result<(String, Vec<u8>), $crate::codec::DecodeError>> {
+        pub(crate) fn recode(kind: u16, body: &[u8]) -> Option<Result<(alloc::string::String, alloc::vec::Vec<u8>), $crate::codec::DecodeError>> {
             match kind {
                 $($kind => Some(<$name as $crate::message::Message>::decode(body).map(|m| {
-                    let mut out = Vec::new();
+                    let mut out = alloc::vec::Vec::new();
                     $crate::message::Message::encode(&m, &mut out);
-                    (format!("{m:?}"), out)
+                    (alloc::format!("{m:?}"), out)
                 })),)*
                 _ => None,
             }

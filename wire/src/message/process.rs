@@ -5,6 +5,8 @@
 
 use super::messages;
 use crate::codec::Bytes;
+use alloc::string::String;
+use alloc::vec::Vec;
 
 /// DATA channel of a process's standard input.
 pub const CHANNEL_STDIN: u8 = 0;

@@ -3,6 +3,8 @@
 use crate::auth::{ClientExchange, ServerExchange};
 use crate::codec::{DecodeError, Field, Reader};
 use crate::message::skip_extensions;
+use alloc::string::String;
+use alloc::vec::Vec;
 use sha2::{Digest, Sha256};
 
 /// The only version there is.

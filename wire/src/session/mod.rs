@@ -6,6 +6,9 @@
 //! `Writable` events); call [`Session::handle_timeout`] at [`Session::next_timeout_ms`]. When the
 //! session [is closed](Session::is_closed) and its output is written, close the transport.
 
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+
 mod handshake;
 mod mac;
 mod receive;
@@ -19,11 +22,11 @@ use crate::auth::{AuthError, ClientExchange, NONCE_LEN, Verifier};
 use crate::codec::{DecodeError, Field};
 use crate::frame::{FRAME_CHARGE, FrameType, HEADER_LEN, Header, HeaderError, MAX_PAYLOAD, PREAMBLE};
 use crate::message::{Code, Message};
+use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
+use core::fmt;
 use handshake::Phase;
 use mac::FrameMac;
 use sha2::{Digest, Sha256};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::fmt;
 use stream::{Queued, Stream, Want, charge};
 
 /// A stream's number on its connection.
@@ -129,7 +132,7 @@ impl fmt::Display for SessionError {
     }
 }
 
-impl std::error::Error for SessionError {}
+impl core::error::Error for SessionError {}
 
 impl SessionError {
     /// The code told to the peer.
@@ -251,7 +254,7 @@ impl fmt::Display for OpenError {
     }
 }
 
-impl std::error::Error for OpenError {}
+impl core::error::Error for OpenError {}
 
 /// Why a message cannot be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -274,7 +277,7 @@ impl fmt::Display for SendError {
     }
 }
 
-impl std::error::Error for SendError {}
+impl core::error::Error for SendError {}
 
 /// One side of a connection.
 pub struct Session {
@@ -396,7 +399,7 @@ impl Session {
     /// Answers [`Event::Authenticate`]. `None` lets an unknown identity fail like a wrong secret;
     /// `decoy_key` is a secret of the server's own that makes the two look the same.
     pub fn provide_verifier(&mut self, verifier: Option<Verifier>, decoy_key: &[u8]) {
-        match std::mem::replace(&mut self.phase, Phase::Closed) {
+        match core::mem::replace(&mut self.phase, Phase::Closed) {
             Phase::AwaitVerifier(mut exchange) => {
                 let verifier = verifier.unwrap_or_else(|| Verifier::decoy(decoy_key, exchange.identity()));
                 let challenge = exchange.challenge(verifier, self.nonce);
@@ -719,14 +722,14 @@ impl Session {
         }
         self.unreturned += u64::from(cost);
         if self.unreturned >= u64::from(self.limits.connection_window / 4) {
-            let amount = std::mem::take(&mut self.unreturned);
+            let amount = core::mem::take(&mut self.unreturned);
             self.recv_left += amount;
             self.write_credit(0, amount);
         }
         let Some(s) = self.streams.get_mut(&stream).filter(|s| !s.fin_received) else { return };
         s.unreturned += u64::from(cost);
         if s.unreturned >= u64::from(self.limits.stream_window / 4) {
-            let amount = std::mem::take(&mut s.unreturned);
+            let amount = core::mem::take(&mut s.unreturned);
             s.recv_left += amount;
             self.write_credit(stream, amount);
         }

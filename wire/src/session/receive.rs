@@ -10,12 +10,14 @@ use crate::frame::{
     FRAME_CHARGE, FrameType, HEADER_LEN, Header, MAC_LEN, MAX_PAYLOAD, PREAMBLE, decode_reset,
 };
 use crate::message::Code;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
 use sha2::{Digest, Sha256};
 
 impl Session {
     /// Parses what is buffered.
     pub(super) fn parse_input(&mut self) {
-        let mut input = std::mem::take(&mut self.input);
+        let mut input = core::mem::take(&mut self.input);
         let used = self.parse(&input);
         if !self.is_closed() {
             input.drain(..used);
@@ -86,7 +88,7 @@ impl Session {
         if header.frame_type == FrameType::GoAway {
             return self.on_go_away(payload);
         }
-        let phase = std::mem::replace(&mut self.phase, Phase::Closed);
+        let phase = core::mem::replace(&mut self.phase, Phase::Closed);
         // Put back so that a failure below is told to the peer like any other.
         self.phase = Phase::AwaitPreamble;
         match (phase, header.frame_type) {
@@ -314,7 +316,7 @@ fn auth_text(payload: &[u8]) -> Result<&str, SessionError> {
     if payload.len() > MAX_AUTH_MESSAGE {
         return Err(SessionError::Auth(AuthError::Malformed));
     }
-    std::str::from_utf8(payload).map_err(|_| SessionError::Auth(AuthError::Malformed))
+    core::str::from_utf8(payload).map_err(|_| SessionError::Auth(AuthError::Malformed))
 }
 
 fn split_message(payload: &[u8]) -> Result<(u16, Vec<u8>), SessionError> {

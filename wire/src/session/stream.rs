@@ -1,7 +1,8 @@
 //! One stream's two halves: what may still be sent, what may still come.
 
 use crate::frame::{FRAME_CHARGE, FrameType};
-use std::collections::VecDeque;
+use alloc::collections::VecDeque;
+use alloc::vec::Vec;
 
 /// A message that waits for credit or for room in the output.
 #[derive(Debug)]
