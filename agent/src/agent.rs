@@ -6,7 +6,6 @@
 use crate::capsule::lifecycle::{Action, Event as LifeEvent};
 use crate::capsule::{Capsule, CapsuleKey, CapsuleTimer, GuestLink, Source as CapsuleSource};
 use crate::context::{Context, PeerId, Report, Source, TimerKey, nonce, random_bytes};
-use crate::link::Link;
 use crate::registration::Registration;
 use crate::service::{Peer, StreamUse};
 use crate::sys::signals::Signals;
@@ -17,6 +16,7 @@ use std::io;
 use std::time::Duration;
 use wire::auth::Verifier;
 use wire::message::{Code, Done, Error as ErrorMessage};
+use wire::reactor::{Link, Socket};
 use wire::session::{Limits, Session};
 
 /// Readiness events taken from the kernel at a time.
@@ -193,7 +193,7 @@ impl Agent {
             Some(Source::Signals) => self.on_signals(),
             Some(Source::Peer(id)) => {
                 if let Some(peer) = self.peers.get_mut(&id) {
-                    peer.link.on_ready(readable, writable);
+                    peer.link.socket.on_ready(readable, writable);
                     self.mark(Dirty::Peer(id));
                 }
             }
@@ -289,7 +289,12 @@ impl Agent {
             };
             let name = concat!("wrenn-agent/", env!("CARGO_PKG_VERSION"));
             let session = Session::server(name, nonce(), Limits::default(), self.ctx.now_ms());
-            let peer = Peer { link: Link::new(stream, session), token, address, streams: BTreeMap::new() };
+            let peer = Peer {
+                link: Link::new(Socket::new(stream), session),
+                token,
+                address,
+                streams: BTreeMap::new(),
+            };
             self.peers.insert(id, peer);
             self.mark(Dirty::Peer(id));
         }

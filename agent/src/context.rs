@@ -8,7 +8,6 @@ use crate::layout::{Kernel, Layout};
 use crate::net::SlotAllocator;
 use crate::registration::Report as RegistrationReport;
 use crate::sys::random;
-use crate::timer::Timers;
 use crate::vmm::qemu::Qemu;
 use crate::worker::Workers;
 use mio::event::Source as MioSource;
@@ -18,6 +17,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 use wire::auth::NONCE_LEN;
+use wire::reactor::Timers;
 
 /// The number of a control plane's connection, never used twice.
 pub type PeerId = u64;

@@ -8,6 +8,7 @@ use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 use wire::config::HttpUrl;
+use wire::http1::{HttpError, Limits, ResponseEvent, ResponseParser, write_request};
 
 /// The time for a whole call, the resolution of the name excepted.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -146,46 +147,88 @@ fn post(url: &HttpUrl, path: &str, token: Option<&str>, body: &Value) -> Result<
     let unreachable = |step| move |source| CallError::Unreachable { step, source };
     stream.set_write_timeout(Some(left(end)?)).map_err(unreachable("sending"))?;
     stream.write_all(&request).map_err(unreachable("sending"))?;
-    let mut answer = Vec::new();
+    let mut answer = Answer::new();
     let mut chunk = [0; 8192];
-    loop {
+    while !answer.complete {
         stream.set_read_timeout(Some(left(end)?)).map_err(unreachable("waiting for the answer"))?;
         match stream.read(&mut chunk) {
-            Ok(0) => break,
-            Ok(n) => answer.extend_from_slice(&chunk[..n]),
+            Ok(0) => answer.end()?,
+            Ok(n) => answer.take(&chunk[..n])?,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(unreachable("waiting for the answer")(e)),
         }
-        if answer.len() > MAX_ANSWER_BYTES {
-            return Err(CallError::BadAnswer(format!("it is longer than {MAX_ANSWER_BYTES} bytes")));
-        }
     }
-    let (status, body) = parse_answer(&answer)?;
-    if (200..300).contains(&status) {
-        return Ok(body.to_vec());
+    if (200..300).contains(&answer.status) {
+        return Ok(answer.body);
     }
-    let message = serde_json::from_slice::<ErrorAnswer>(body).map_or_else(
-        |_| String::from_utf8_lossy(body).chars().take(SHOWN).collect(),
+    let message = serde_json::from_slice::<ErrorAnswer>(&answer.body).map_or_else(
+        |_| String::from_utf8_lossy(&answer.body).chars().take(SHOWN).collect(),
         |answer| answer.error.message,
     );
-    Err(CallError::Refused { status, message })
+    Err(CallError::Refused { status: answer.status, message })
 }
 
-/// HTTP/1.0 (RFC 1945): the server answers with a length or by closing, never in chunks, and closes.
 fn request_bytes(url: &HttpUrl, path: &str, token: Option<&str>, body: &str) -> Result<Vec<u8>, CallError> {
     let printable = |text: &str| text.bytes().all(|b| b.is_ascii_graphic());
     if !printable(path) || !token.is_none_or(printable) {
         return Err(CallError::Local("the saved credentials hold characters that no token has".into()));
     }
-    let token = token.map(|t| format!("X-Host-Token: {t}\r\n")).unwrap_or_default();
-    Ok(format!(
-        "POST {path} HTTP/1.0\r\nHost: {}\r\nUser-Agent: wrenn-agent/{}\r\nAccept: application/json\r\n\
-         Content-Type: application/json\r\nContent-Length: {}\r\n{token}\r\n{body}",
-        url.authority(),
-        env!("CARGO_PKG_VERSION"),
-        body.len()
-    )
-    .into_bytes())
+    let headers = [
+        ("user-agent", concat!("wrenn-agent/", env!("CARGO_PKG_VERSION"))),
+        ("accept", "application/json"),
+        ("content-type", "application/json"),
+    ];
+    let headers = headers.into_iter().chain(token.map(|t| ("x-host-token", t)));
+    let mut out = Vec::new();
+    write_request(&mut out, "POST", path, &url.authority(), headers, body.as_bytes());
+    Ok(out)
+}
+
+/// An answer as it comes.
+struct Answer {
+    parser: ResponseParser,
+    status: u16,
+    body: Vec<u8>,
+    complete: bool,
+}
+
+impl Answer {
+    fn new() -> Answer {
+        Answer {
+            parser: ResponseParser::new(Limits::default(), false),
+            status: 0,
+            body: Vec::new(),
+            complete: false,
+        }
+    }
+
+    fn take(&mut self, mut bytes: &[u8]) -> Result<(), CallError> {
+        // Each round takes at least one byte or ends.
+        while !self.complete {
+            let (taken, event) = self.parser.parse(bytes).map_err(bad_answer)?;
+            bytes = &bytes[taken..];
+            match event {
+                Some(ResponseEvent::Head(head)) => self.status = head.status,
+                Some(ResponseEvent::Data(data)) => self.body.extend_from_slice(data),
+                Some(ResponseEvent::End) => self.complete = true,
+                None => return Ok(()),
+            }
+            if self.body.len() > MAX_ANSWER_BYTES {
+                return Err(CallError::BadAnswer(format!("it is longer than {MAX_ANSWER_BYTES} bytes")));
+            }
+        }
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<(), CallError> {
+        self.parser.connection_ended().map_err(bad_answer)?;
+        self.complete = true;
+        Ok(())
+    }
+}
+
+fn bad_answer(error: HttpError) -> CallError {
+    CallError::BadAnswer(error.to_string())
 }
 
 fn connect(url: &HttpUrl, end: Instant) -> Result<TcpStream, CallError> {
@@ -209,33 +252,6 @@ fn left(end: Instant) -> Result<Duration, CallError> {
         return Err(CallError::Unreachable { step: "calling", source });
     }
     Ok(left)
-}
-
-/// Status and body of a whole answer that was ended by the connection's end.
-fn parse_answer(answer: &[u8]) -> Result<(u16, &[u8]), CallError> {
-    let bad = |what: &str| CallError::BadAnswer(what.to_string());
-    let head_end = answer.windows(4).position(|w| w == b"\r\n\r\n");
-    let head_end = head_end.ok_or_else(|| bad("it has no whole head; is it an HTTP server?"))?;
-    let head = std::str::from_utf8(&answer[..head_end]).map_err(|_| bad("its head is not text"))?;
-    let body = &answer[head_end + 4..];
-    let mut lines = head.split("\r\n");
-    let mut words = lines.next().unwrap_or_default().split(' ');
-    let version = words.next().unwrap_or_default();
-    let status = words.next().filter(|s| s.len() == 3).and_then(|s| s.parse().ok());
-    let status = status.filter(|_| version.starts_with("HTTP/1.")).ok_or_else(|| bad("no HTTP/1 status"))?;
-    let header = |wanted: &str| {
-        let all = head.split("\r\n").skip(1).filter_map(|line| line.split_once(':'));
-        all.filter(|(name, _)| name.eq_ignore_ascii_case(wanted)).map(|(_, v)| v.trim()).next()
-    };
-    if header("transfer-encoding").is_some() {
-        return Err(bad("it is in chunks, which HTTP/1.0 does not have"));
-    }
-    match header("content-length").map(str::parse::<usize>) {
-        None => Ok((status, body)),
-        Some(Ok(length)) if length <= body.len() => Ok((status, &body[..length])),
-        Some(Ok(_)) => Err(bad("it was cut off")),
-        Some(Err(_)) => Err(bad("its length is not a number")),
-    }
 }
 
 #[cfg(test)]
@@ -276,7 +292,7 @@ mod tests {
         let credentials = register(&url, "one-time", "10.0.0.1:50051", &facts()).expect("registered");
         assert_eq!((credentials.host_id.as_str(), credentials.wire_verifier.as_str()), ("host-1", "v"));
         let request = thread.join().expect("server");
-        assert!(request.starts_with("POST /v1/hosts/register HTTP/1.0\r\n"), "{request}");
+        assert!(request.starts_with("POST /v1/hosts/register HTTP/1.1\r\n"), "{request}");
         let body: Value =
             serde_json::from_str(request.split("\r\n\r\n").nth(1).expect("body")).expect("JSON");
         assert_eq!(body["address"], "10.0.0.1:50051");
@@ -302,28 +318,38 @@ mod tests {
             matches!(&error, CallError::Refused { status: 401, message } if message == "token expired"),
             "{error}"
         );
-        assert!(thread.join().expect("server").contains("\r\nX-Host-Token: jwt\r\n"));
+        assert!(thread.join().expect("server").to_lowercase().contains("\r\nx-host-token: jwt\r\n"));
         let injected = Credentials { token: "a\r\nX: y".into(), ..credentials };
         assert!(matches!(heartbeat(&url, &injected), Err(CallError::Local(_))));
     }
 
     #[test]
     fn answers() {
-        let ok = |text: &str| parse_answer(text.as_bytes()).map(|(s, b)| (s, b.to_vec())).ok();
+        let read = |text: &str| -> Result<(u16, Vec<u8>), CallError> {
+            let mut answer = Answer::new();
+            // Byte by byte, as it may come.
+            text.as_bytes().chunks(1).try_for_each(|b| answer.take(b))?;
+            if !answer.complete {
+                answer.end()?;
+            }
+            Ok((answer.status, answer.body))
+        };
+        let ok = |text: &str| read(text).ok();
         assert_eq!(ok("HTTP/1.1 204 No Content\r\n\r\n"), Some((204, vec![])));
-        assert_eq!(ok("HTTP/1.0 200 OK\r\ncontent-length: 1\r\n\r\nabc"), Some((200, b"a".to_vec())));
+        assert_eq!(ok("HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\nabc"), Some((200, b"a".to_vec())));
         assert_eq!(ok("HTTP/1.1 200 OK\r\n\r\nabc"), Some((200, b"abc".to_vec())));
+        let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n";
+        assert_eq!(ok(chunked), Some((200, b"abc".to_vec())));
         for bad in [
             "",
             "HTTP/1.1 200 OK\r\n",
             "SSH-2.0-x\r\n\r\n",
-            "HTTP/1.1 2000 OK\r\n\r\n",
             "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nabc",
-            "HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\nabc",
-            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         ] {
-            assert_eq!(ok(bad), None, "{bad:?}");
+            assert!(matches!(read(bad), Err(CallError::BadAnswer(_))), "{bad:?}");
         }
+        let endless = format!("HTTP/1.1 200 OK\r\n\r\n{}", "x".repeat(MAX_ANSWER_BYTES + 1));
+        assert!(matches!(read(&endless), Err(CallError::BadAnswer(_))));
     }
 
     #[test]

@@ -130,7 +130,12 @@ impl Agent {
     }
 
     /// Something has come from a guest for a forwarded stream.
-    pub(crate) fn relay_from_guest(&mut self, key: CapsuleKey, inner: StreamId, push: impl FnOnce(&mut Pipe)) {
+    pub(crate) fn relay_from_guest(
+        &mut self,
+        key: CapsuleKey,
+        inner: StreamId,
+        push: impl FnOnce(&mut Pipe),
+    ) {
         let Some(waiter) = self.capsules.get(&key).and_then(|c| c.forwards.get(&inner)).copied() else {
             return;
         };

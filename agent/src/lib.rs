@@ -3,10 +3,10 @@
 //! - [`cli`], [`config`], [`layout`]: what the operator says and what is on disk
 //! - [`startup`]: from there to a running agent
 //! - [`agent`]: the event loop; [`context`]: what all its parts share
-//! - [`service`], [`forward`], [`pipe`], [`link`]: what it does for a control plane, over wire sessions
+//! - [`service`], [`forward`], [`pipe`]: what it does for a control plane, over wire sessions
 //! - [`registration`], [`cp_client`]: how the control plane knows of this host
 //! - [`capsule`]: one microVM with everything that belongs to it
-//! - [`worker`], [`timer`]: what blocks, and what waits
+//! - [`worker`]: what blocks
 //! - [`net`]: one network namespace a capsule, its TAP, its firewall and its metadata service
 //! - [`disk`]: the private writable disk of a capsule
 //! - [`vmm`]: the virtual machine monitors (QEMU)
@@ -21,13 +21,11 @@ pub mod cp_client;
 pub mod disk;
 pub mod forward;
 pub mod layout;
-pub mod link;
 pub mod net;
 pub mod pipe;
 pub mod registration;
 pub mod service;
 pub mod startup;
 pub mod sys;
-pub mod timer;
 pub mod vmm;
 pub mod worker;

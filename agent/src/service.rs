@@ -7,7 +7,6 @@ use crate::capsule::spec::Reserved;
 use crate::capsule::{Capsule, CapsuleKey, CapsuleTimer, MAX_WAITERS, Spec};
 use crate::context::{PeerId, TimerKey};
 use crate::forward::Forward;
-use crate::link::Link;
 use crate::sys::resources;
 use mio::Token;
 use std::collections::BTreeMap;
@@ -17,6 +16,7 @@ use wire::message::{
     self as message, CapsuleCreate, CapsuleDestroy, CapsuleGet, CapsuleList, CapsuleState, Code, Done,
     Health, HealthReply, HostStatus, HostStatusReply, Message,
 };
+use wire::reactor::Link;
 use wire::session::{Event, StreamId};
 
 /// Who a control plane says it is.

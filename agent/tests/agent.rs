@@ -7,8 +7,8 @@ use common::{Agent, Client, PATIENCE, Place, SECRET, creation, free_address, gue
 use std::fs;
 use std::time::{Duration, Instant};
 use wire::message::{
-    CapsuleCreate, CapsuleGet, CapsuleInfo, CapsuleList, CapsuleState, Code, Done, Error, Health, HealthReply,
-    HostStatus, HostStatusReply, Message,
+    CapsuleCreate, CapsuleGet, CapsuleInfo, CapsuleList, CapsuleState, Code, Done, Error, Health,
+    HealthReply, HostStatus, HostStatusReply, Message,
 };
 use wire::session::Event;
 
@@ -158,7 +158,10 @@ fn a_bad_configuration_is_named() {
     let output = Agent::command(&place, free_address()).arg("--help").output().expect("run");
     assert!(output.status.success() && String::from_utf8_lossy(&output.stdout).contains("WRENN_CP_URL"));
     let output = Agent::command(&place, free_address()).arg("--version").output().expect("run");
-    assert_eq!(String::from_utf8_lossy(&output.stdout), concat!("wrenn-agent ", env!("CARGO_PKG_VERSION"), "\n"));
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        concat!("wrenn-agent ", env!("CARGO_PKG_VERSION"), "\n")
+    );
 }
 
 #[test]

@@ -2,13 +2,13 @@
 
 use super::{Capsule, CapsuleTimer, Source};
 use crate::context::{Context, Source as LoopSource, TimerKey, nonce, random_bytes};
-use crate::link::Link;
 use crate::net::ENVD_PORT;
 use mio::Token;
 use mio::net::TcpStream;
 use std::time::{SystemTime, UNIX_EPOCH};
 use wire::codec::{Bytes, DecodeError};
 use wire::message::{Code, Done, Error, GuestInit, Health, HealthReply, expect};
+use wire::reactor::{Link, Socket};
 use wire::session::{Event, Limits, Session, StreamId};
 
 /// Who the agent is to guest daemons.
@@ -146,7 +146,7 @@ impl Capsule {
                         self.guest_attempts
                     );
                     self.guest = GuestLink::Up(Box::new(GuestSession {
-                        link: Link::new(stream, session),
+                        link: Link::new(Socket::new(stream), session),
                         token,
                         init: None,
                         health: None,
@@ -161,7 +161,7 @@ impl Capsule {
                 }
             },
             GuestLink::Up(mut guest) => {
-                guest.link.on_ready(readable, writable);
+                guest.link.socket.on_ready(readable, writable);
                 self.guest = GuestLink::Up(guest);
             }
             other => self.guest = other,

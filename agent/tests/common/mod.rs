@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use wire::auth::{ITERATIONS, NONCE_LEN, Verifier};
 use wire::codec::Bytes;
 use wire::message::{
-    CHANNEL_STDERR, CHANNEL_STDOUT, CapsuleCreate, CapsuleDestroy, CapsuleInfo, Done, Error, Forward, Message,
-    ProcessExited, ProcessStart, ProcessStarted,
+    CHANNEL_STDERR, CHANNEL_STDOUT, CapsuleCreate, CapsuleDestroy, CapsuleInfo, Done, Error, Forward,
+    Message, ProcessExited, ProcessStart, ProcessStarted,
 };
 use wire::session::{Event, Limits, Session, SessionError, StreamId};
 
