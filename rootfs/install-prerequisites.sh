@@ -53,9 +53,20 @@ command -v apt-get >/dev/null || die "there is no apt-get here: install the equi
 ((EUID == 0)) || die "not root: run this as root, or: sudo $by_hand"
 
 export DEBIAN_FRONTEND=noninteractive
-options=(-o "DPkg::Lock::Timeout=$APT_LOCK_WAIT_SEC" --yes --no-install-recommends)
+options=(-o "DPkg::Lock::Timeout=$APT_LOCK_WAIT_SEC" -o DPkg::Use-Pty=0 --quiet=2)
 say "apt-get update"
-apt-get -o "DPkg::Lock::Timeout=$APT_LOCK_WAIT_SEC" -qq update || die "apt-get update failed: see above"
+apt-get "${options[@]}" update >&2 || die "apt-get update failed: see above"
+options+=(--yes --no-install-recommends)
+
+# install ARGUMENT...: apt-get install, whose pages of output are shown when it fails.
+log=$(mktemp)
+trap 'rm -f -- "$log"' EXIT
+install() {
+    apt-get "${options[@]}" --no-remove install "$@" >"$log" 2>&1 || {
+        cat -- "$log" >&2
+        die "apt-get failed: see above; by hand: $by_hand"
+    }
+}
 
 # Backports' QEMU is newer, where the machine has that archive.
 if [[ " ${packages[*]} " == *" qemu-system-x86 "* ]]; then
@@ -68,10 +79,8 @@ if [[ " ${packages[*]} " == *" qemu-system-x86 "* ]]; then
     done < <(apt-get --simulate "${options[@]}" ${release:+-t "$release"} install qemu-system-x86 |
         sed -n 's/^Remv \([^ ]*\).*/\1/p')
     say "installing ${qemu[*]}${release:+ of $release}"
-    apt-get "${options[@]}" --no-remove --allow-downgrades ${release:+-t "$release"} install "${qemu[@]}" >&2 ||
-        die "apt-get failed: see above; by hand: $by_hand"
+    install --allow-downgrades ${release:+-t "$release"} "${qemu[@]}"
 fi
 
 say "installing ${packages[*]}"
-apt-get "${options[@]}" --no-remove install "${packages[@]}" >&2 ||
-    die "apt-get failed: see above; by hand: $by_hand"
+install "${packages[@]}"

@@ -3,7 +3,7 @@
 #
 #     make-image.sh TEMPLATE_DIR SOURCES CACHE_DIR OUTPUT_DIR
 #
-# TEMPLATE_DIR holds `packages` and `customize.sh`; SOURCES is a sources.list (see apt-sources.sh);
+# TEMPLATE_DIR holds `packages`, `dpkg.cfg` and `customize.sh`; SOURCES is a sources.list (see apt-sources.sh);
 # CACHE_DIR/debs keeps the packages for the next time. Leaves base.ext4 (without envd, see
 # put-envd.sh) and packages.txt in OUTPUT_DIR, which exists. Runs as root, with about 1 GB of memory
 # for the tree.
@@ -59,10 +59,7 @@ install_packages() {
     mmdebstrap --quiet --mode=root --variant=minbase --format=directory --architectures=amd64 \
         --include="$names" --skip=essential/unlink \
         --aptopt="$work/apt.conf" --aptopt='Acquire::Languages "none"' \
-        --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \
-        --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/info/*' \
-        --dpkgopt='path-exclude=/usr/share/groff/*' --dpkgopt='path-exclude=/usr/share/lintian/*' \
-        --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-include=/usr/share/locale/locale.alias' \
+        --dpkgopt="$template/dpkg.cfg" \
         --setup-hook='mkdir -p "$1/var/cache/apt/archives" && mount --bind '"'$cache'"' "$1/var/cache/apt/archives"' \
         --essential-hook='APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get --yes --quiet=2 --download-only install '"${names//,/ }" \
         --customize-hook='umount "$1/var/cache/apt/archives"' \
@@ -72,7 +69,8 @@ install_packages() {
 
 # tidy_tree: what packages and their scripts left that differs from build to build or is never read.
 tidy_tree() {
-    rm -f -- "$tree"/etc/apt/apt.conf.d/99mmdebstrap "$tree"/etc/dpkg/dpkg.cfg.d/99mmdebstrap
+    mv -- "$tree/etc/dpkg/dpkg.cfg.d/99mmdebstrap" "$tree/etc/dpkg/dpkg.cfg.d/minimal"
+    rm -f -- "$tree"/etc/apt/apt.conf.d/99mmdebstrap
     rm -f -- "$tree"/var/lib/dpkg/*-old "$tree"/var/cache/debconf/*-old "$tree"/etc/{passwd,shadow,group,gshadow,subuid,subgid}-
     rm -rf -- "$tree"/var/lib/apt/lists/* "$tree"/var/cache/apt/*
     find "$tree/var/log" -type f -delete

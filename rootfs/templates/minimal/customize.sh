@@ -38,18 +38,7 @@ END
 
 mkdir -p "$tree/usr/local/bin"
 
-# Documentation, translations and man pages stay out when packages are added later as well; licences
-# stay.
-cat >"$tree/etc/dpkg/dpkg.cfg.d/minimal" <<'END'
-path-exclude=/usr/share/doc/*
-path-include=/usr/share/doc/*/copyright
-path-exclude=/usr/share/man/*
-path-exclude=/usr/share/info/*
-path-exclude=/usr/share/groff/*
-path-exclude=/usr/share/lintian/*
-path-exclude=/usr/share/locale/*
-path-include=/usr/share/locale/locale.alias
-END
+# A package added in a capsule brings no more than it needs.
 cat >"$tree/etc/apt/apt.conf.d/90minimal" <<'END'
 APT::Install-Recommends "false";
 Acquire::Languages "none";
