@@ -35,7 +35,8 @@ pub struct MachineSpec {
     pub kernel: PathBuf,
     /// The initial RAM filesystem, readable for all.
     pub initramfs: Option<PathBuf>,
-    /// The kernel's command line.
+    /// The kernel's command line, at most 1,900 bytes. The VMM's driver adds what suits the machine that it
+    /// makes.
     pub command_line: String,
     /// Its disks; the first is the guest's /dev/vda.
     pub disks: Vec<DiskImage>,

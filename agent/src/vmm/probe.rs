@@ -63,11 +63,11 @@ pub struct KvmAccess {
 /// Tries whether KVM works. Blocks, for two seconds at most.
 pub fn kvm() -> Result<KvmAccess, KvmUnusable> {
     let metadata = fs::metadata(kvm::DEVICE).map_err(KvmUnusable::NoDevice)?;
-    let access = access(metadata.mode(), metadata.gid()).ok_or(KvmUnusable::RootOnly)?;
     // Before anything runs: what an emulator does with it is anybody's guess.
     if !MODULES.iter().any(|module| Path::new(module).exists()) {
         return Err(KvmUnusable::NoModule);
     }
+    let access = access(metadata.mode(), metadata.gid()).ok_or(KvmUnusable::RootOnly)?;
     kvm::try_program(TIMEOUT_MS).map_err(KvmUnusable::NotTried)?.map_err(KvmUnusable::Failed)?;
     Ok(access)
 }

@@ -14,6 +14,7 @@ use crate::net::Tap;
 use crate::sys::memfd::{self, Capture};
 use crate::sys::pidfd::Process;
 use crate::sys::spawn::{Confinement, Identity, spawn};
+use crate::sys::tsc;
 use arguments::{DiskFds, Inputs};
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -34,8 +35,9 @@ const QUOTED_CHARS: usize = 200;
 const MAX_VCPUS: u32 = 64;
 const MIN_MEMORY_MB: u32 = 64;
 const MAX_MEMORY_MB: u32 = 1 << 20;
-/// The longest kernel command line on x86, COMMAND_LINE_SIZE, with its terminator.
-const MAX_COMMAND_LINE_BYTES: usize = 2_047;
+/// The longest kernel command line: COMMAND_LINE_SIZE on x86 is 2,048, of which the terminator and what
+/// `arguments` adds take some.
+const MAX_COMMAND_LINE_BYTES: usize = 1_900;
 const MAX_NAME_BYTES: usize = 64;
 const READABLE_FOR_ALL: u32 = 0o004;
 
@@ -48,7 +50,10 @@ enum Accelerator {
         group: Option<u32>,
     },
     /// QEMU itself, translating: everywhere, and ten times slower.
-    Tcg,
+    Tcg {
+        /// The frequency of the host's time stamp counter, which the guest reads as its own.
+        tsc_khz: Option<u64>,
+    },
 }
 
 /// The QEMU of this host.
@@ -86,7 +91,10 @@ impl Qemu {
         };
         let (accelerator, why_not_kvm) = match probe::kvm() {
             Ok(access) => (Accelerator::Kvm { group: access.group }, None),
-            Err(reason) => (Accelerator::Tcg, Some(reason)),
+            Err(reason) => {
+                let tsc_khz = tsc::frequency_khz().map_err(system("measuring the clock for", &program))?;
+                (Accelerator::Tcg { tsc_khz }, Some(reason))
+            }
         };
         Ok(Qemu { program, version, accelerator, why_not_kvm })
     }
@@ -173,7 +181,7 @@ impl Qemu {
     ) -> Confinement<'a> {
         let groups: &[u32] = match &self.accelerator {
             Accelerator::Kvm { group } => group.as_slice(),
-            Accelerator::Tcg => &[],
+            Accelerator::Tcg { .. } => &[],
         };
         let identity = Some(Identity { uid: spec.uid, gid: spec.gid });
         Confinement { namespace: Some(namespace), identity, groups, inherit }
