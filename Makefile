@@ -10,11 +10,9 @@ JOBS ?= 2
 CARGO := cargo
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 
-# envd runs in guests of any distribution, so it is static: with musl where its target is installed,
-# else with glibc (which then must not look up names; envd reads /etc/passwd itself).
-MUSL := x86_64-unknown-linux-musl
-GNU := x86_64-unknown-linux-gnu
-ENVD_TARGET := $(if $(wildcard $(shell rustc --print sysroot)/lib/rustlib/$(MUSL)/lib),$(MUSL),$(GNU))
+# envd runs in guests of any distribution, so it is static; it needs no C library at all.
+ENVD_TARGET := x86_64-unknown-linux-gnu
+ENVD_RUSTFLAGS := -C target-feature=+crt-static -C relocation-model=static -C link-arg=-nostartfiles
 
 include vendor-check/vendor.mk
 
@@ -30,8 +28,8 @@ prerequisites: ## install the Debian packages that are missing
 build: prerequisites ## the three programs, in builds/
 	@mkdir -p $(BUILDS)
 	$(RELEASE_ENV) $(CARGO) build --release --locked -j$(JOBS) -p wrenn-cp -p wrenn-agent
-	$(RELEASE_ENV) RUSTFLAGS="$(RELEASE_RUSTFLAGS) -C target-feature=+crt-static" \
-		$(CARGO) build --release --locked -j$(JOBS) -p envd --target $(ENVD_TARGET)
+	$(RELEASE_ENV) RUSTFLAGS="$(RELEASE_RUSTFLAGS) $(ENVD_RUSTFLAGS)" \
+		$(CARGO) build --release --locked -j$(JOBS) -p envd --features freestanding --target $(ENVD_TARGET)
 	@$(call install-binary,$(TARGET_DIR)/release/wrenn-cp)
 	@$(call install-binary,$(TARGET_DIR)/release/wrenn-agent)
 	@$(call install-binary,$(TARGET_DIR)/$(ENVD_TARGET)/release/envd)

@@ -6,6 +6,7 @@
 //! | module | what it is |
 //! | --- | --- |
 //! | [`init`] | the guest's start |
+//! | [`entry`] | the program's arguments |
 //! | [`daemon`] | the event loop |
 //! | [`connection`] | sessions with host agents |
 //! | [`service`] | messages become work |
@@ -23,6 +24,7 @@ extern crate std;
 pub mod cmdline;
 pub mod connection;
 pub mod daemon;
+pub mod entry;
 pub mod identity;
 pub mod init;
 pub mod json;

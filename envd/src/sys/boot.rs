@@ -62,6 +62,14 @@ pub fn process_id() -> u32 {
     unsafe { syscall!(libc::SYS_getpid) }.map_or(0, |pid| pid as u32)
 }
 
+/// Ends this process.
+pub fn exit(status: i32) -> ! {
+    loop {
+        // SAFETY: integer argument. It does not return.
+        let _ = unsafe { syscall!(libc::SYS_exit_group, status) };
+    }
+}
+
 /// Writes everything to disk.
 pub fn sync_all() {
     // SAFETY: takes nothing and cannot fail.

@@ -16,6 +16,7 @@
 //! | [`credentials`] | file system ids of the caller |
 //! | [`boot`] | mounts, modules, host name, power |
 //! | [`link`] | addresses and routes by ioctl |
+//! | [`memory`] | pages |
 //! | [`clock`] | clocks and randomness |
 
 pub mod boot;
@@ -25,6 +26,7 @@ pub mod epoll;
 pub mod fd;
 pub mod file;
 pub mod link;
+pub mod memory;
 pub mod pty;
 pub mod signal;
 pub mod socket;

@@ -77,10 +77,7 @@ pub fn spawn(plan: &Plan, stdio: [&Fd; 3]) -> Result<Started, Errno> {
         let (step, errno) = child(plan, &argv, &environment, &mut shell_argv, numbers);
         let code = errno.0.to_ne_bytes();
         let _ = write_raw(child_report.raw(), &[step as u8, code[0], code[1], code[2], code[3]]);
-        loop {
-            // SAFETY: ends the child; nothing of it is left to clean up.
-            let _ = unsafe { syscall!(libc::SYS_exit_group, CHILD_FAILED) };
-        }
+        super::boot::exit(CHILD_FAILED);
     }
     Ok(Started { pid: pid as u32, report })
 }
