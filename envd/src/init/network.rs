@@ -12,6 +12,8 @@ use core::ffi::CStr;
 
 /// How long the interface may take to appear.
 const INTERFACE_WAIT_MS: u64 = 3_000;
+/// How long the interface may take to get its carrier. Without one the guest is still of use.
+const RUNNING_WAIT_MS: u64 = 500;
 /// Between two looks at it.
 const INTERFACE_POLL_US: u64 = 500;
 /// Bytes of `/etc/hosts` and the like that are compared before they are written.
@@ -25,7 +27,6 @@ pub fn configure(line: &CommandLine) -> Result<(), BootError> {
         return Err(BootError::new(format!("read ip={bad}"), Errno(libc::EINVAL)));
     }
     let Some(network) = &line.network else { return Ok(()) };
-    name_host(network)?;
     let device = wait_for_interface(&network.device)?;
     interfaces
         .set_address(&device, network.address, network.mask)
@@ -33,6 +34,18 @@ pub fn configure(line: &CommandLine) -> Result<(), BootError> {
     interfaces.bring_up(&device).during(&format!("bring up {device}"))?;
     if let Some(gateway) = network.gateway {
         interfaces.set_gateway(gateway).during(&format!("route by {gateway}"))?;
+    }
+    let named = name_host(network);
+    wait_until_running(&interfaces, &device).during(&format!("ask for the state of {device}"))?;
+    named
+}
+
+/// Packets before this are lost, and the kernel asks for the gateway's hardware address again only after a
+/// second.
+fn wait_until_running(interfaces: &Configurator, device: &str) -> Result<(), Errno> {
+    let deadline = clock::monotonic_ms() + RUNNING_WAIT_MS;
+    while !interfaces.is_running(device)? && clock::monotonic_ms() < deadline {
+        clock::sleep_us(INTERFACE_POLL_US);
     }
     Ok(())
 }
