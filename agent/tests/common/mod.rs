@@ -15,6 +15,7 @@ use wire::message::{
     Message, ProcessExited, ProcessStart, ProcessStarted,
 };
 use wire::session::{Event, Limits, Session, SessionError, StreamId};
+use wrenn_agent::net::Slot;
 
 /// The secret of the test's control plane.
 pub const SECRET: &[u8] = b"the test's control plane";
@@ -44,7 +45,7 @@ impl Place {
         for part in ["kernels", "images/minimal"] {
             fs::create_dir_all(directory.join(part)).expect("made");
         }
-        let first_slot = 40_000 + (std::process::id() % 500) * 40 + number * 4;
+        let first_slot = 40_000 + (std::process::id() % 300) * 80 + number * 4;
         let place = Place { directory, first_slot };
         place.write_token();
         place
@@ -71,6 +72,11 @@ impl Place {
         fs::write(self.directory.join("host-token"), token).expect("token");
     }
 
+    /// Its network slots.
+    pub fn slots(&self) -> std::ops::Range<u32> {
+        self.first_slot..self.first_slot + 4
+    }
+
     pub fn sandboxes(&self) -> Vec<String> {
         let entries = fs::read_dir(self.directory.join("sandboxes")).expect("sandboxes").flatten();
         entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect()
@@ -80,7 +86,7 @@ impl Place {
     pub fn remains(&self) -> Vec<String> {
         let mut found: Vec<String> =
             self.sandboxes().into_iter().map(|name| format!("sandboxes/{name}")).collect();
-        for slot in self.first_slot..self.first_slot + 4 {
+        for slot in self.slots() {
             let paths = [format!("/run/netns/ns-{slot}"), format!("/sys/class/net/wrenn-{slot}")];
             found.extend(paths.into_iter().filter(|p| Path::new(p).exists()));
         }
@@ -90,8 +96,7 @@ impl Place {
 
     /// The VMM processes of this place, by the user ids that its slots lead to.
     pub fn machines(&self) -> Vec<u32> {
-        let uids: Vec<u32> =
-            (self.first_slot..self.first_slot + 4).map(|s| wrenn_agent::capsule::FIRST_UID + s).collect();
+        let uids: Vec<u32> = self.slots().map(|s| wrenn_agent::capsule::FIRST_UID + s).collect();
         let processes = fs::read_dir("/proc").expect("/proc").flatten();
         let pids = processes.filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
         pids.filter(|pid| {
@@ -109,7 +114,16 @@ impl Place {
 }
 
 impl Drop for Place {
+    /// A test that failed leaves nothing either.
     fn drop(&mut self) {
+        for pid in self.machines() {
+            if let Ok(process) = wrenn_agent::sys::pidfd::Process::child(pid) {
+                let _ = process.kill();
+            }
+        }
+        for slot in self.slots().filter_map(Slot::new) {
+            let _ = wrenn_agent::net::destroy_remains(slot);
+        }
         let _ = fs::remove_dir_all(&self.directory);
     }
 }
@@ -132,7 +146,8 @@ impl Agent {
         let mut command = Command::new(env!("CARGO_BIN_EXE_wrenn-agent"));
         command.env("WRENN_DIR", &place.directory);
         command.env("WRENN_HOST_LISTEN_ADDR", address.to_string());
-        command.env("WRENN_SLOTS", format!("{}-{}", place.first_slot, place.first_slot + 3));
+        let slots = place.slots();
+        command.env("WRENN_SLOTS", format!("{}-{}", slots.start, slots.end - 1));
         command.env_remove("WRENN_CP_URL").stdin(Stdio::null());
         if std::env::var_os("LOG_LEVEL").is_none() {
             command.env("LOG_LEVEL", "warn");
