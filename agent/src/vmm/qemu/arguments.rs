@@ -8,6 +8,10 @@ use crate::net::MacAddress;
 use serde_json::{Value, json};
 use std::os::fd::RawFd;
 
+/// Translated code that one machine keeps. QEMU's own default is a gigabyte, which would be host memory on
+/// top of the guest's that nobody has accounted for.
+const TRANSLATION_CACHE_MB: u32 = 256;
+
 /// Without what a server has no use for, firmware and guest have less to look for.
 const MACHINE: &str = "q35,memory-backend=memory,usb=off,vmport=off,smbus=off,sata=off";
 
@@ -69,7 +73,7 @@ fn machine(arguments: &mut Arguments, inputs: &Inputs<'_>) {
         Accelerator::Tcg { .. } => {
             // Interpreting ACPI's bytecode takes a fifth of a second when every instruction is translated.
             arguments.add("-machine", format!("{MACHINE},acpi=off"));
-            arguments.add("-accel", "tcg,thread=multi");
+            arguments.add("-accel", format!("tcg,thread=multi,tb-size={TRANSLATION_CACHE_MB}"));
             // A fixed model, so that a snapshot made on one host can go on on another; x86-64-v2, as
             // programs are built for today. Later models only take longer to boot.
             arguments.add("-cpu", "Nehalem");
@@ -226,7 +230,7 @@ mod tests {
         let tcg = arguments(&inputs(TCG, &[]));
         assert_eq!(
             (values(&tcg, "-accel"), values(&tcg, "-cpu")),
-            (vec!["tcg,thread=multi"], vec!["Nehalem"])
+            (vec!["tcg,thread=multi,tb-size=256"], vec!["Nehalem"])
         );
         let kvm = arguments(&inputs(Accelerator::Kvm { group: Some(104) }, &[]));
         assert_eq!((values(&kvm, "-accel"), values(&kvm, "-cpu")), (vec!["kvm"], vec!["host"]));
