@@ -47,8 +47,10 @@ pub struct Description {
     pub kind: u16,
     /// The message's name.
     pub name: &'static str,
-    /// Its fields in order: name and type.
-    pub fields: Vec<(&'static str, String)>,
+    /// What it is for.
+    pub purpose: String,
+    /// Its fields in order: name, type, meaning.
+    pub fields: Vec<(&'static str, String, String)>,
 }
 
 /// Reads and checks the extension list that closes every body.
@@ -70,14 +72,14 @@ pub(crate) fn skip_extensions(r: &mut Reader<'_>) -> Result<(), DecodeError> {
 
 /// Defines messages: struct, number, encoding, decoding and description from one list of fields.
 macro_rules! messages {
-    ($($(#[$meta:meta])* $name:ident = $kind:literal {
-        $($(#[$fmeta:meta])* $field:ident: $ty:ty,)*
+    ($($(#[doc = $doc:literal])* $name:ident = $kind:literal {
+        $($(#[doc = $field_doc:literal])* $field:ident: $ty:ty,)*
     })*) => {
         $(
-            $(#[$meta])*
+            $(#[doc = $doc])*
             #[derive(Debug, Clone, PartialEq, Eq, Default)]
             pub struct $name {
-                $($(#[$fmeta])* pub $field: $ty,)*
+                $($(#[doc = $field_doc])* pub $field: $ty,)*
             }
 
             impl $crate::message::Message for $name {
@@ -103,7 +105,12 @@ macro_rules! messages {
             alloc::vec![$($crate::message::Description {
                 kind: $kind,
                 name: stringify!($name),
-                fields: alloc::vec![$((stringify!($field), <$ty as $crate::codec::Field>::type_name()),)*],
+                purpose: $crate::message::one_line(&[$($doc),*]),
+                fields: alloc::vec![$((
+                    stringify!($field),
+                    <$ty as $crate::codec::Field>::type_name(),
+                    $crate::message::one_line(&[$($field_doc),*]),
+                ),)*],
             },)*]
         }
 
@@ -122,6 +129,11 @@ macro_rules! messages {
     };
 }
 pub(crate) use messages;
+
+/// A doc comment's lines as one.
+pub(crate) fn one_line(lines: &[&str]) -> String {
+    lines.iter().map(|l| l.trim()).collect::<Vec<_>>().join(" ")
+}
 
 /// All messages, ordered by number.
 pub fn descriptions() -> Vec<Description> {
