@@ -1,1 +1,79 @@
-//! The handlers, one file a resource, and the routing table.
+//! The public API: the handlers, one file a resource, and the routing table.
+//!
+//! Handlers look at a request in this order: who asks (401), what it is about (404), in which state that
+//! is (409), and what the request says (400). `openapi.yaml` beside this crate describes what is here.
+
+pub mod api_keys;
+pub mod capsule_access;
+pub mod capsule_create;
+pub mod capsules;
+pub mod exec;
+pub mod fields;
+pub mod files;
+pub mod health;
+pub mod host_agents;
+pub mod host_delete;
+pub mod hosts;
+mod jobs;
+pub mod login;
+pub mod me;
+pub mod principal;
+pub mod processes;
+pub mod teams;
+pub mod templates;
+pub mod users;
+
+pub use capsule_access::{Target, with_capsule, with_capsule_as};
+pub use jobs::jobs;
+
+use crate::http::handler::Method::{Delete, Get, Patch, Post};
+use crate::http::handler::Route;
+
+/// Every route.
+pub fn routes() -> Vec<Route> {
+    vec![
+        Route::new(Get, "/health", health::get),
+        Route::new(Post, "/v1/auth/login", login::login),
+        Route::new(Post, "/v1/auth/switch-team", login::switch_team),
+        Route::new(Get, "/v1/me", me::get),
+        Route::new(Patch, "/v1/me", me::rename),
+        Route::new(Post, "/v1/me/password", me::change_password),
+        Route::new(Get, "/v1/api-keys", api_keys::list),
+        Route::new(Post, "/v1/api-keys", api_keys::create),
+        Route::new(Delete, "/v1/api-keys/{id}", api_keys::delete),
+        Route::new(Get, "/v1/users/search", users::search),
+        Route::new(Get, "/v1/teams", teams::list),
+        Route::new(Post, "/v1/teams", teams::create),
+        Route::new(Get, "/v1/teams/{id}", teams::get),
+        Route::new(Patch, "/v1/teams/{id}", teams::rename),
+        Route::new(Get, "/v1/teams/{id}/members", teams::members),
+        Route::new(Post, "/v1/teams/{id}/members", teams::add_member),
+        Route::new(Patch, "/v1/teams/{id}/members/{uid}", teams::set_role),
+        Route::new(Delete, "/v1/teams/{id}/members/{uid}", teams::remove_member),
+        Route::new(Post, "/v1/teams/{id}/leave", teams::leave),
+        Route::new(Get, "/v1/hosts", hosts::list),
+        Route::new(Post, "/v1/hosts", hosts::create),
+        Route::new(Post, "/v1/hosts/register", host_agents::register),
+        Route::new(Post, "/v1/hosts/auth/refresh", host_agents::refresh),
+        Route::new(Get, "/v1/hosts/{id}", hosts::get),
+        Route::new(Delete, "/v1/hosts/{id}", host_delete::delete),
+        Route::new(Get, "/v1/hosts/{id}/delete-preview", host_delete::preview),
+        Route::new(Post, "/v1/hosts/{id}/token", hosts::renew_token),
+        Route::new(Post, "/v1/hosts/{id}/heartbeat", host_agents::heartbeat),
+        Route::new(Get, "/v1/hosts/{id}/tags", hosts::tags),
+        Route::new(Post, "/v1/hosts/{id}/tags", hosts::add_tag),
+        Route::new(Delete, "/v1/hosts/{id}/tags/{tag}", hosts::remove_tag),
+        Route::new(Get, "/v1/capsules", capsules::list),
+        Route::new(Post, "/v1/capsules", capsule_create::create),
+        Route::new(Get, "/v1/capsules/{id}", capsules::get),
+        Route::new(Delete, "/v1/capsules/{id}", capsules::delete),
+        Route::new(Post, "/v1/capsules/{id}/ping", capsules::ping),
+        Route::new(Post, "/v1/capsules/{id}/exec", exec::exec),
+        Route::new(Get, "/v1/capsules/{id}/processes", processes::list),
+        Route::new(Delete, "/v1/capsules/{id}/processes/{selector}", processes::kill),
+        Route::new(Post, "/v1/capsules/{id}/files/list", files::list),
+        Route::new(Post, "/v1/capsules/{id}/files/mkdir", files::make_directory),
+        Route::new(Post, "/v1/capsules/{id}/files/remove", files::remove),
+        Route::new(Get, "/v1/snapshots", templates::list),
+    ]
+}

@@ -1,0 +1,149 @@
+//! What recurs without a client: comparing each host's capsules with the records.
+
+use crate::audit::{self, Actor, Event};
+use crate::db::{Sql, Stop, capsules, hosts};
+use crate::hosts::reconciler::{self, LIST_TIMEOUT_MS, Repair};
+use crate::http::context::Context;
+use crate::http::handler::{Flow, HostCall, Job, Response, Step};
+use serde_json::json;
+use std::sync::Arc;
+use wire::message::{
+    CapsuleDestroy, CapsuleInfo, CapsuleList, CapsuleState, Done, HostStatus, HostStatusReply,
+};
+
+/// How often a host's capsules are compared, in seconds.
+pub const RECONCILE_EVERY_SEC: f64 = 10.0;
+/// How often a lane looks for a host whose turn it is, in milliseconds.
+const LOOK_EVERY_MS: u64 = 2_000;
+/// The most hosts that a lane compares before it pauses.
+const MAX_HOSTS_A_RUN: u32 = 100;
+/// The most capsules that are destroyed on a host in one go; the next comparison goes on.
+const MAX_DESTROYED: usize = 100;
+
+/// The recurring jobs. The lanes do the same: a host that does not answer holds up one of them.
+pub fn jobs() -> Vec<Job> {
+    ["reconcile-a", "reconcile-b", "reconcile-c"]
+        .into_iter()
+        .map(|name| Job { name, every_ms: LOOK_EVERY_MS, run: |_: &Arc<Context>| next_host(MAX_HOSTS_A_RUN) })
+        .collect()
+}
+
+/// Compares the next host whose turn it is.
+fn next_host(hosts_left: u32) -> Flow {
+    if hosts_left == 0 {
+        return Step::respond(Response::no_content());
+    }
+    Step::database(move |db| {
+        let claimed = db.transaction(|sql| Ok(hosts::claim_for_reconciling(sql, RECONCILE_EVERY_SEC)?))?;
+        match claimed {
+            Some((id, address)) => Visit { id, address, hosts_left: hosts_left - 1 }.list(),
+            None => Step::respond(Response::no_content()),
+        }
+    })
+}
+
+/// One comparison.
+#[derive(Debug, Clone)]
+struct Visit {
+    id: String,
+    address: String,
+    hosts_left: u32,
+}
+
+impl Visit {
+    fn list(self) -> Flow {
+        let call = HostCall::new(&self.id, &self.address, &CapsuleList {}, LIST_TIMEOUT_MS).until::<Done>();
+        call.then(move |result| match result.and_then(|reply| reply.all::<CapsuleInfo>()) {
+            Ok(reported) => self.status(reported),
+            Err(error) => {
+                log::info!("{} does not list its capsules: {error}", self.id);
+                next_host(self.hosts_left)
+            }
+        })
+    }
+
+    fn status(self, reported: Vec<CapsuleInfo>) -> Flow {
+        let call = HostCall::new(&self.id, &self.address, &HostStatus {}, LIST_TIMEOUT_MS)
+            .until::<HostStatusReply>();
+        call.then(move |result| {
+            // The comparison does not need it.
+            let status = result.and_then(|reply| reply.message::<HostStatusReply>()).ok();
+            self.repair(reported, status)
+        })
+    }
+
+    fn repair(self, reported: Vec<CapsuleInfo>, status: Option<HostStatusReply>) -> Flow {
+        Step::database(move |db| {
+            let ids: Vec<String> = reported.iter().map(|info| info.capsule_id.clone()).collect();
+            let doomed = db.transaction(|sql| {
+                if let Some(status) = &status {
+                    hosts::set_templates(sql, &self.id, &status.templates)?;
+                }
+                let records = capsules::records(sql, &self.id, &ids)?;
+                let mut doomed = Vec::new();
+                for repair in reconciler::compare(&reported, &records) {
+                    if let Some(id) = carry_out(sql, &self.id, repair)? {
+                        doomed.push(id);
+                    }
+                }
+                Ok(doomed)
+            })?;
+            self.destroy(doomed.into_iter().take(MAX_DESTROYED).collect())
+        })
+    }
+
+    /// Destroys one capsule after the other.
+    fn destroy(self, mut doomed: Vec<String>) -> Flow {
+        let Some(id) = doomed.pop() else { return next_host(self.hosts_left) };
+        log::warn!("capsule {id} on {} is no longer wanted and is destroyed", self.id);
+        let message = CapsuleDestroy { capsule_id: id.clone() };
+        let timeout_ms = super::host_delete::DESTROY_TIMEOUT_MS;
+        HostCall::new(&self.id, &self.address, &message, timeout_ms).then(move |result| match result {
+            // What that changes is noted by the next comparison.
+            Ok(_) => self.destroy(doomed),
+            Err(error) => {
+                log::warn!("capsule {id} could not be destroyed, and will be tried again: {error}");
+                self.destroy(doomed)
+            }
+        })
+    }
+}
+
+/// Does what the database can do, and gives the capsule that the host has to destroy.
+fn carry_out(sql: &mut dyn Sql, host_id: &str, repair: Repair) -> Result<Option<String>, Stop> {
+    let starting = [CapsuleState::Pending, CapsuleState::Starting];
+    match repair {
+        Repair::MarkRunning(info) => {
+            capsules::set_running(sql, host_id, &info)?;
+        }
+        Repair::MarkError { id, reason } => {
+            let from = [starting[0], starting[1], CapsuleState::Running];
+            note(sql, &id, &from, CapsuleState::Error, &reason)?;
+        }
+        Repair::MarkMissing { id } => {
+            let reason = "its host does not know it any more: its virtual machine ended, or the host was \
+                          restarted";
+            note(sql, &id, &[CapsuleState::Running], CapsuleState::Missing, reason)?;
+        }
+        Repair::MarkStopped { id } => {
+            capsules::change_state(sql, &id, &[CapsuleState::Stopping], CapsuleState::Stopped, None)?;
+        }
+        Repair::Destroy { id } => return Ok(Some(id)),
+    }
+    Ok(None)
+}
+
+fn note(
+    sql: &mut dyn Sql,
+    id: &str,
+    from: &[CapsuleState],
+    to: CapsuleState,
+    reason: &str,
+) -> Result<(), Stop> {
+    if capsules::change_state(sql, id, from, to, Some(reason))? {
+        log::warn!("capsule {id} is {}: {reason}", to.name());
+        let event = Event::new(None, "capsule.state", id).with(json!({"status": to.name()})).failed(reason);
+        audit::write(sql, &Actor::System, &event)?;
+    }
+    Ok(())
+}

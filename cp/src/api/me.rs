@@ -1,0 +1,80 @@
+//! `/v1/me`: one's own account.
+
+use super::fields::{Fields, invalid};
+use super::login::{auth_response, own_account};
+use super::principal::{Principal, unauthorized};
+use crate::auth::password::{self, StoredPassword};
+use crate::db::users;
+use crate::http::context::Context;
+use crate::http::handler::{Flow, Request, Response, Step};
+use serde_json::json;
+use std::sync::Arc;
+
+/// `GET /v1/me`.
+pub fn get(request: Request, context: &Arc<Context>) -> Flow {
+    let context = Arc::clone(context);
+    Step::database(move |db| {
+        let user = db.read(|sql| {
+            let principal = Principal::person(sql, &context, &request)?;
+            own_account(sql, &principal)
+        })?;
+        Step::respond(Response::json(
+            200,
+            &json!({
+                "name": user.name,
+                "email": user.email,
+                "has_password": user.password.is_some(),
+                "providers": [],
+            }),
+        ))
+    })
+}
+
+/// `PATCH /v1/me`: another name.
+pub fn rename(request: Request, context: &Arc<Context>) -> Flow {
+    let context = Arc::clone(context);
+    Step::database(move |db| {
+        let (user, team_id) = db.transaction(|sql| {
+            let principal = Principal::person(sql, &context, &request)?;
+            let name = Fields::of(&request)?.required_text("name", 100)?;
+            let mut user = own_account(sql, &principal)?;
+            users::rename(sql, &user.id, &name)?;
+            user.name = name;
+            Ok((user, principal.team_id))
+        })?;
+        Step::respond(auth_response(&context, &user, &team_id)?)
+    })
+}
+
+/// `POST /v1/me/password`: another password. All tokens that were issued before are void afterwards.
+pub fn change_password(request: Request, context: &Arc<Context>) -> Flow {
+    let context = Arc::clone(context);
+    Step::database(move |db| {
+        let user = db.read(|sql| {
+            let principal = Principal::person(sql, &context, &request)?;
+            own_account(sql, &principal)
+        })?;
+        let fields = Fields::of(&request)?;
+        let new = fields.required_text("new_password", password::MAX_BYTES)?;
+        password::check(&new).map_err(|error| invalid(&error.to_string()))?;
+        let current = match &user.password {
+            Some(_) => fields.required_text("current_password", password::MAX_BYTES)?,
+            None if fields.text("confirm_password", password::MAX_BYTES)?.as_ref() == Some(&new) => {
+                String::new()
+            }
+            None => return Err(invalid("confirm_password is not the same as new_password")),
+        };
+        Step::compute(move || {
+            if let Some(stored) = &user.password
+                && !StoredPassword::parse(stored).is_some_and(|s| s.matches(&current))
+            {
+                return Err(unauthorized("current_password is wrong"));
+            }
+            let stored = StoredPassword::new(&new).to_text();
+            Step::database(move |db| {
+                db.transaction(|sql| Ok(users::set_password(sql, &user.id, &stored, true)?))?;
+                Step::respond(Response::no_content())
+            })
+        })
+    })
+}
