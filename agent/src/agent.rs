@@ -76,7 +76,7 @@ pub struct Agent {
     pub ids: BTreeMap<String, CapsuleKey>,
     next_capsule: CapsuleKey,
     dirty: BTreeSet<Dirty>,
-    /// Forwarded streams that have to be tried again, see [`crate::pipe::Flow::Stalled`].
+    /// Streams that have to be tried again, see [`crate::pipe::Flow::Stalled`].
     pub stalled: BTreeSet<(PeerId, u32)>,
     listener_ready: bool,
     stopping: bool,
@@ -465,6 +465,7 @@ impl Agent {
         self.dirty.append(&mut again);
         for (peer, stream) in std::mem::take(&mut self.stalled) {
             self.pump_forward(peer, stream);
+            self.continue_list((peer, stream));
         }
     }
 
@@ -554,7 +555,7 @@ impl Agent {
                     self.mark(Dirty::Guest(forward.capsule));
                 }
             }
-            StreamUse::AwaitInner(_) | StreamUse::Answered => {}
+            StreamUse::AwaitInner(_) | StreamUse::Listing(_) | StreamUse::Answered => {}
         }
     }
 

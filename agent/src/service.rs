@@ -9,7 +9,7 @@ use crate::context::{PeerId, TimerKey};
 use crate::forward::Forward;
 use crate::sys::resources;
 use mio::Token;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use wire::codec::DecodeError;
 use wire::message::{
@@ -17,7 +17,7 @@ use wire::message::{
     Health, HealthReply, HostStatus, HostStatusReply, Message,
 };
 use wire::reactor::Link;
-use wire::session::{Event, StreamId};
+use wire::session::{Event, SendError, StreamId};
 
 /// Who a control plane says it is.
 pub const CP_IDENTITY: &str = "cp";
@@ -45,6 +45,8 @@ pub enum StreamUse {
     AwaitInner(CapsuleKey),
     /// It goes on into a capsule.
     Forward(Box<Forward>),
+    /// It is told of these capsules, as fast as it takes them.
+    Listing(VecDeque<CapsuleKey>),
     /// It is answered; the caller's half is still open.
     Answered,
 }
@@ -212,15 +214,34 @@ impl Agent {
     }
 
     fn on_list(&mut self, waiter: (PeerId, StreamId)) {
+        self.use_stream(waiter, StreamUse::Listing(self.capsules.keys().copied().collect()));
+        self.continue_list(waiter);
+    }
+
+    /// Sends as much of a list as the session takes; what is left has its turn after the session has
+    /// heard from its peer.
+    pub(crate) fn continue_list(&mut self, waiter: (PeerId, StreamId)) {
         let (id, stream) = waiter;
-        let infos: Vec<_> = self.capsules.values().map(|c| c.info(&self.ctx)).collect();
         let Some(peer) = self.peers.get_mut(&id) else { return };
-        for info in infos {
-            if let Err(e) = peer.link.session.send(stream, &info) {
-                // A list that is not whole must not look like one.
-                peer.link.session.reset(stream, Code::ResourceExhausted, &format!("listing: {e}"));
-                return;
+        let Some(StreamUse::Listing(left)) = peer.streams.get_mut(&stream) else { return };
+        let before = peer.link.session.output().len();
+        while let Some(key) = left.front() {
+            // One that is gone by now is not there to tell of.
+            if let Some(capsule) = self.capsules.get(key) {
+                match peer.link.session.send(stream, &capsule.info(&self.ctx)) {
+                    Ok(()) => {}
+                    Err(SendError::QueueFull) => {
+                        let moved = peer.link.session.output().len() != before;
+                        self.stalled.insert(waiter);
+                        if moved {
+                            self.mark(Dirty::Peer(id));
+                        }
+                        return;
+                    }
+                    Err(e) => return log::debug!("a list to {} broke off: {e}", peer.address),
+                }
             }
+            left.pop_front();
         }
         self.answer(waiter, &Done {});
     }

@@ -5,7 +5,13 @@ mod common;
 
 use common::{Agent, Client, PATIENCE, Place, SECRET, creation, free_address, guest_directory};
 use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::PermissionsExt;
+use std::process::Stdio;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
+use wire::auth::{ITERATIONS, Verifier};
 use wire::message::{
     CapsuleCreate, CapsuleGet, CapsuleInfo, CapsuleList, CapsuleState, Code, Done, Error, Health,
     HealthReply, HostStatus, HostStatusReply, Message,
@@ -145,6 +151,87 @@ fn a_directory_has_one_agent_and_an_unregistered_host_none() {
     let output = Agent::command(&place, free_address()).output().expect("run");
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && text.contains("--register TOKEN --address IP:PORT"), "{text}");
+}
+
+/// A control plane of which only the HTTP side is there: gives the requests that it is sent, and answers
+/// each with what `answer` makes of its first line.
+fn control_plane(answer: fn(&str) -> String) -> (SocketAddr, Receiver<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
+    let address = listener.local_addr().expect("address");
+    let (sender, requests) = channel();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let (mut request, mut chunk) = (Vec::new(), [0; 4096]);
+            while !request.ends_with(b"}") {
+                let n = stream.read(&mut chunk).expect("read");
+                assert!(n > 0, "the request was cut off");
+                request.extend_from_slice(&chunk[..n]);
+            }
+            let request = String::from_utf8(request).expect("text");
+            let body = answer(request.lines().next().unwrap_or_default());
+            stream.write_all(body.as_bytes()).expect("written");
+            if sender.send(request).is_err() {
+                return;
+            }
+        }
+    });
+    (address, requests)
+}
+
+fn good_answers(line: &str) -> String {
+    if !line.contains("/register") {
+        return "HTTP/1.1 204 No Content\r\n\r\n".into();
+    }
+    let verifier = Verifier::new(SECRET, &[7; 16], ITERATIONS).to_text();
+    format!(
+        "HTTP/1.1 201 Created\r\n\r\n{{\"host\":{{\"id\":\"host-42\"}},\"token\":\"jwt-42\",\
+         \"refresh_token\":\"r\",\"wire_verifier\":\"{verifier}\"}}"
+    )
+}
+
+fn no_answers(_: &str) -> String {
+    let body = r#"{"error":{"code":"unauthorized","message":"the token has expired"}}"#;
+    format!("HTTP/1.1 401 Unauthorized\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+}
+
+#[test]
+fn a_host_registers_once_and_then_sends_heartbeats() {
+    let place = Place::new(11);
+    with_files(&place, b"no kernel");
+    let token_file = place.directory.join("host-token");
+    fs::remove_file(&token_file).expect("removed");
+    let register = |url: SocketAddr| {
+        let mut command = Agent::command(&place, free_address());
+        command.args(["--register", "-", "--address", "10.0.0.9:50051", "--register-only"]);
+        command.env("WRENN_CP_URL", format!("http://{url}")).stdin(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("started");
+        let stdin = child.stdin.take();
+        stdin.expect("stdin").write_all(b"one-time-token\n").expect("token");
+        child.wait_with_output().expect("run")
+    };
+    let (address, _) = control_plane(no_answers);
+    let output = register(address);
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && text.contains("the token has expired"), "{text}");
+    assert!(!token_file.exists());
+
+    let (address, requests) = control_plane(good_answers);
+    assert!(register(address).status.success());
+    let request = requests.recv_timeout(PATIENCE).expect("a request");
+    assert!(
+        request.contains("\"token\":\"one-time-token\"") && request.contains("10.0.0.9:50051"),
+        "{request}"
+    );
+    assert_eq!(fs::metadata(&token_file).expect("saved").permissions().mode() & 0o777, 0o600);
+
+    let agent = Agent::start_with(&place, |command| {
+        command.env("WRENN_CP_URL", format!("http://{address}"));
+    });
+    let request = requests.recv_timeout(PATIENCE).expect("a heartbeat");
+    assert!(request.starts_with("POST /v1/hosts/host-42/heartbeat "), "{request}");
+    assert!(request.contains("x-host-token: jwt-42"), "{request}");
+    agent.client();
+    assert!(agent.terminate().success());
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use crate::context::Host;
 use crate::layout::{LayoutError, is_capsule_id};
+use crate::sys::resources;
 use std::fmt;
 use std::path::PathBuf;
 use wire::codec::Bytes;
@@ -19,6 +20,9 @@ pub const MAX_ENVIRONMENT: usize = 256;
 pub const MAX_ENVIRONMENT_BYTES: usize = 32 * 1024;
 /// Memory that capsules never get, in MiB: the host's own programs and each VMM's overhead live in it.
 pub const HOST_RESERVE_MB: u32 = 512;
+/// Free space in the data directory's file system below which no capsule is made, in MiB: those that run
+/// need room to write.
+pub const MIN_DISK_FREE_MB: u64 = 512;
 /// How many virtual CPUs all capsules together may have for each core: a capsule is idle most of the time.
 pub const VCPUS_PER_CORE: u32 = 8;
 const MIB: u64 = 1024 * 1024;
@@ -129,7 +133,7 @@ impl fmt::Display for SpecError {
             }
             SpecError::HostFull { what, asked, left } => write!(
                 f,
-                "{asked} {what} asked for, but this host has only {left} left; destroy a capsule or try \
+                "{asked} {what} needed, but this host has only {left} left; destroy a capsule or try \
                  another host"
             ),
         }
@@ -166,6 +170,11 @@ impl Spec {
         }
         fits("virtual CPUs", request.vcpus, capacity.vcpus, reserved.vcpus)?;
         let image = host.layout.template(&request.template)?;
+        let (_, free_bytes) = resources::disk_space(host.layout.root()).unwrap_or((0, u64::MAX));
+        if free_bytes / MIB < MIN_DISK_FREE_MB {
+            let (asked, left) = (MIN_DISK_FREE_MB, free_bytes / MIB);
+            return Err(SpecError::HostFull { what: "MiB of free disk space at least", asked, left });
+        }
         let template_bytes = std::fs::metadata(&image).map_or(0, |m| m.len());
         let asked_bytes = u64::from(request.disk_size_mb) * MIB;
         if asked_bytes != 0 && asked_bytes < template_bytes {

@@ -156,8 +156,14 @@ impl Agent {
     }
 
     pub fn start(place: &Place) -> Agent {
+        Agent::start_with(place, |_| {})
+    }
+
+    pub fn start_with(place: &Place, change: impl FnOnce(&mut Command)) -> Agent {
         let address = free_address();
-        let mut child = Agent::command(place, address).spawn().expect("started");
+        let mut command = Agent::command(place, address);
+        change(&mut command);
+        let mut child = command.spawn().expect("started");
         let end = Instant::now() + PATIENCE;
         while TcpStream::connect(address).is_err() {
             if let Some(status) = child.try_wait().expect("waited") {
