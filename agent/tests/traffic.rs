@@ -1,0 +1,225 @@
+//! What passes between a guest, its metadata service, the host, other capsules and the internet, on a real
+//! kernel. The guest is played by hand, frame by frame, so that it can lie.
+
+#[path = "support/guest.rs"]
+mod guest;
+#[path = "support/run.rs"]
+mod run;
+mod support;
+
+use guest::{
+    GUEST, METADATA, RST, SYN_ACK, acknowledgement, is_tcp_with, packet, read_frame, set_tcp_checksum,
+    write_frame,
+};
+use run::{in_namespace, output};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::process::Command;
+use std::time::Duration;
+use support::{Machine, with_free_slot};
+use wrenn_agent::net::{CapsuleNetwork, Policy, host};
+
+const CLOSED: Policy = Policy { allow_internet: false };
+const OPEN: Policy = Policy { allow_internet: true };
+/// Another source port than the one of [`packet`].
+const OTHER_PORT: u16 = 40_001;
+
+#[test]
+fn sockets_of_the_namespace_work_from_outside_it() {
+    let Some(machine) = Machine::take() else { return };
+    let (network, tap) = with_free_slot(|slot| CapsuleNetwork::create(slot, CLOSED));
+    let listener = network.metadata_listener().expect("listening");
+    assert_eq!(listener.local_addr().expect("bound").to_string(), "169.254.169.254:80");
+    // A connection from inside reaches it.
+    let slot = network.slot();
+    let client = std::thread::spawn(move || {
+        in_namespace(slot, &["timeout", "3", "bash", "-c", "exec 3<>/dev/tcp/169.254.169.254/80 && echo yes"])
+    });
+    let mut accepted = Err(std::io::ErrorKind::WouldBlock.into());
+    for _ in 0..300 {
+        accepted = listener.accept();
+        if accepted.is_ok() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    accepted.expect("a connection");
+    assert_eq!(client.join().expect("ran").trim(), "yes");
+
+    // A connection to the guest puts a SYN on the TAP at once, without asking by ARP first.
+    let connecting = network.connect_guest(49_983).expect("begun");
+    let frame = read_frame(&tap, |frame| frame[12..14] == [8, 0] && frame[23] == 6).expect("a TCP segment");
+    assert_eq!(frame[..6], slot.guest_mac().0);
+    assert_eq!(frame[30..34], [169, 254, 0, 21]);
+    assert_eq!(frame[36..38], 49_983u16.to_be_bytes());
+    drop((connecting, listener, tap));
+    network.destroy().expect("destroyed");
+    machine.check();
+}
+
+#[test]
+fn a_guest_reaches_the_metadata_service_and_nothing_else() {
+    let Some(machine) = Machine::take() else { return };
+    let installed = host::is_installed().expect("nft runs");
+    host::install(false).expect("installed");
+    let (mut network, tap) = with_free_slot(|slot| CapsuleNetwork::create(slot, CLOSED));
+    let slot = network.slot();
+    let _listener = network.metadata_listener().expect("listening");
+    let host_listener = std::net::TcpListener::bind((slot.host_link(), 0)).expect("listening on the host");
+    let host_port = host_listener.local_addr().expect("bound").port();
+    let mac = slot.guest_mac().0;
+    let send = |mac, from, to, port| write_frame(&tap, &packet(slot, mac, from, to, port));
+
+    send(mac, GUEST, METADATA, 80);
+    assert!(read_frame(&tap, is_tcp_with(SYN_ACK)).is_some(), "the metadata service answers");
+    // Another of its ports, the namespace itself, the host, other capsules, private networks, the internet:
+    // refused at once, by a reset.
+    let elsewhere = [
+        (METADATA, 22),
+        (Ipv4Addr::new(169, 254, 0, 22), 80),
+        (slot.guest_link(), 80),
+        (slot.host_link(), host_port),
+        (Ipv4Addr::new(10, 11, 0, 1), 49_983),
+        (Ipv4Addr::new(10, 0, 0, 1), 80),
+        (Ipv4Addr::new(192, 168, 1, 1), 80),
+        (Ipv4Addr::new(127, 0, 0, 1), 80),
+        (Ipv4Addr::new(1, 1, 1, 1), 443),
+    ];
+    for (address, port) in elsewhere {
+        send(mac, GUEST, address, port);
+        let answer = read_frame(&tap, |f| is_tcp_with(RST)(f) || is_tcp_with(SYN_ACK)(f));
+        // Packets to loopback addresses are dropped as martians before any rule sees them.
+        match answer {
+            None => assert!(address.is_loopback(), "{address}:{port}: silence"),
+            Some(frame) => assert!(is_tcp_with(RST)(&frame), "{address}:{port} answers: {frame:02x?}"),
+        }
+    }
+    // Somebody else's addresses: silence. The first connection's answer is still being repeated, so these
+    // come from another port.
+    let from_other_port = |mac, from| {
+        let mut frame = packet(slot, mac, from, METADATA, 80);
+        frame[34..36].copy_from_slice(&OTHER_PORT.to_be_bytes());
+        set_tcp_checksum(&mut frame);
+        write_frame(&tap, &frame);
+        read_frame(&tap, |f| is_tcp_with(0)(f) && f[36..38] == OTHER_PORT.to_be_bytes())
+    };
+    assert_eq!(from_other_port([2, 0, 0, 0, 0, 9], GUEST), None);
+    assert_eq!(from_other_port(mac, Ipv4Addr::new(169, 254, 0, 20)), None);
+    assert_eq!(from_other_port(mac, slot.guest_link()), None);
+    assert!(from_other_port(mac, GUEST).is_some(), "the same packet with its own addresses is answered");
+    assert_eq!(
+        host_listener
+            .set_nonblocking(true)
+            .and_then(|()| host_listener.accept().map(drop))
+            .map_err(|e| e.kind()),
+        Err(std::io::ErrorKind::WouldBlock)
+    );
+
+    // The policy widens while it runs, and narrows again: private networks and the host stay closed.
+    network.set_policy(OPEN).expect("opened");
+    let set = output("nft", &["list", "set", "inet", "wrenn", "internet"]);
+    assert!(set.contains(&slot.host_link_name()), "{set}");
+    for (address, port) in [(slot.host_link(), host_port), (Ipv4Addr::new(192, 168, 1, 1), 80)] {
+        send(mac, GUEST, address, port);
+        assert!(read_frame(&tap, is_tcp_with(RST)).is_some(), "{address} is not refused");
+    }
+    network.set_policy(CLOSED).expect("closed");
+    send(mac, GUEST, Ipv4Addr::new(1, 1, 1, 1), 443);
+    assert!(read_frame(&tap, is_tcp_with(RST)).is_some());
+
+    network.set_policy(OPEN).expect("opened");
+    drop((tap, host_listener, _listener));
+    network.destroy().expect("destroyed");
+    let set = output("nft", &["list", "set", "inet", "wrenn", "internet"]);
+    assert!(!set.contains(&slot.host_link_name()), "{set}");
+    if !installed {
+        host::remove_if_unused().expect("removed");
+    }
+    machine.check();
+}
+
+#[test]
+fn with_internet_a_guest_gets_out_of_the_host_masqueraded() {
+    let Some(machine) = Machine::take() else { return };
+    let installed = host::is_installed().expect("nft runs");
+    let forwarding = std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward").expect("read");
+    host::install(true).expect("installed");
+    let (network, tap) = with_free_slot(|slot| CapsuleNetwork::create(slot, OPEN));
+    let slot = network.slot();
+    // The internet: a namespace behind the host, with one public address.
+    let (outside, uplink) = ("ns-61999", "wr61-uplink");
+    output("ip", &["netns", "add", outside]);
+    output("ip", &["link", "add", uplink, "type", "veth", "peer", "name", "public", "netns", outside]);
+    output("ip", &["address", "add", "8.8.4.1/24", "dev", uplink]);
+    output("ip", &["link", "set", uplink, "up"]);
+    for command in ["address add 8.8.4.4/24 dev public", "link set public up", "link set lo up"] {
+        let arguments: Vec<&str> =
+            ["netns", "exec", outside, "ip"].into_iter().chain(command.split(' ')).collect();
+        output("ip", &arguments);
+    }
+    let server = Command::new("ip")
+        .args(["netns", "exec", outside, "python3", "-c"])
+        .arg("import socket;s=socket.create_server(('8.8.4.4',80));c,a=s.accept();print(a[0],flush=True)")
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("started");
+    std::thread::sleep(Duration::from_millis(500));
+    write_frame(&tap, &packet(slot, slot.guest_mac().0, GUEST, Ipv4Addr::new(8, 8, 4, 4), 80));
+    let answer = read_frame(&tap, is_tcp_with(SYN_ACK)).expect("an answer from outside");
+    assert_eq!(answer[26..30], [8, 8, 4, 4]);
+    // The handshake's last segment, acknowledging theirs, so that the server's accept returns.
+    let theirs = u32::from_be_bytes(answer[38..42].try_into().expect("four bytes"));
+    write_frame(&tap, &acknowledgement(slot, Ipv4Addr::new(8, 8, 4, 4), theirs.wrapping_add(1)));
+    let seen = server.wait_with_output().expect("ended");
+    assert_eq!(String::from_utf8_lossy(&seen.stdout).trim(), "8.8.4.1", "the address that the outside saw");
+
+    output("ip", &["link", "delete", uplink]);
+    output("ip", &["netns", "delete", outside]);
+    drop(tap);
+    network.destroy().expect("destroyed");
+    if !installed {
+        host::remove_if_unused().expect("removed");
+    }
+    std::fs::write("/proc/sys/net/ipv4/ip_forward", forwarding).expect("restored");
+    machine.check();
+}
+
+#[test]
+fn the_host_reaches_the_guest_by_its_own_address() {
+    let Some(machine) = Machine::take() else { return };
+    let (network, tap) = with_free_slot(|slot| CapsuleNetwork::create(slot, CLOSED));
+    let slot = network.slot();
+    let address = SocketAddr::from((slot.host_ip(), 8080));
+    let client = std::thread::spawn(move || TcpStream::connect_timeout(&address, Duration::from_secs(1)));
+    let frame = read_frame(&tap, is_tcp_with(2)).expect("a SYN for the guest");
+    assert_eq!(frame[26..34], [slot.host_link().octets(), GUEST.octets()].concat());
+    assert_eq!(frame[36..38], 8080u16.to_be_bytes());
+    assert!(client.join().expect("ran").is_err(), "nobody has answered");
+    drop(tap);
+    network.destroy().expect("destroyed");
+    machine.check();
+}
+
+#[test]
+fn capsules_do_not_reach_each_other_even_with_internet() {
+    let Some(machine) = Machine::take() else { return };
+    let installed = host::is_installed().expect("nft runs");
+    host::install(false).expect("installed");
+    let make = || with_free_slot(|slot| CapsuleNetwork::create(slot, OPEN));
+    let ((one, one_tap), (two, two_tap)) = (make(), make());
+    let (from, to) = (one.slot(), two.slot());
+    for address in [to.host_ip(), to.guest_link(), to.host_link()] {
+        write_frame(&one_tap, &packet(from, from.guest_mac().0, GUEST, address, 49_983));
+        assert!(read_frame(&one_tap, is_tcp_with(RST)).is_some(), "{address} is not refused");
+    }
+    // Were the first capsule's own rules gone, the host's would still hold.
+    output("ip", &["netns", "exec", &from.namespace_name(), "nft", "flush", "ruleset"]);
+    write_frame(&one_tap, &packet(from, from.guest_mac().0, GUEST, to.host_ip(), 49_983));
+    assert_eq!(read_frame(&two_tap, is_tcp_with(0)), None, "the second guest has heard of it");
+    drop((one_tap, two_tap));
+    one.destroy().expect("destroyed");
+    two.destroy().expect("destroyed");
+    if !installed {
+        host::remove_if_unused().expect("removed");
+    }
+    machine.check();
+}
