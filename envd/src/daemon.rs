@@ -1,6 +1,7 @@
 //! The daemon: one epoll loop that owns everything and hands each event to whom it concerns.
 
 use crate::connection::{ConnectionId, Connections, Gate, Turn};
+use crate::guest;
 use crate::identity::{self, Identity};
 use crate::log::log;
 use crate::metadata::Metadata;
@@ -207,12 +208,7 @@ impl Daemon {
 
     fn on_metadata(&mut self, metadata: Metadata) {
         identity::write_identity_files(&metadata);
-        self.defaults.environment.retain(|(name, _)| !name.starts_with(b"WRENN_"));
-        for (name, value) in
-            [(&b"WRENN_SANDBOX_ID"[..], &metadata.instance_id), (b"WRENN_TEMPLATE_ID", &metadata.env_id)]
-        {
-            self.defaults.environment.push((name.to_vec(), value.as_bytes().to_vec()));
-        }
+        self.defaults.identity = guest::identity_environment(&metadata);
         let gate = match metadata.verifier.map(identity::open_gate) {
             Some(Ok(gate)) => gate,
             Some(Err(e)) => {
@@ -264,6 +260,9 @@ impl Daemon {
 
     /// Answers to who asks to be let in.
     pub(crate) fn authenticate(&mut self, id: ConnectionId, identity: &str) {
+        if !self.identity.is_fresh(self.now_ms) {
+            self.gate = Gate::Waiting;
+        }
         self.connections.authenticate(id, identity, &self.gate);
     }
 

@@ -26,6 +26,8 @@ const FIRST_PAUSE_MS: u64 = 5;
 const MAX_PAUSE_MS: u64 = 1_000;
 /// Tries before envd gives up: some minutes, far beyond the time in which a host waits for a guest.
 const MAX_TRIES: u32 = 300;
+/// How long the document is taken for the present one when a session begins.
+const FRESH_MS: u64 = 3_000;
 /// The longest verifier file, in bytes.
 const MAX_VERIFIER_FILE: usize = 4096;
 
@@ -43,17 +45,30 @@ pub struct Identity {
     current: Option<Try>,
     tries: u32,
     due_ms: Option<u64>,
+    fetched_ms: Option<u64>,
+    is_given: bool,
 }
 
 impl Identity {
     /// Starts with the first try at once.
     pub fn new(now_ms: u64) -> Identity {
-        Identity { current: None, tries: 0, due_ms: Some(now_ms) }
+        Identity { current: None, tries: 0, due_ms: Some(now_ms), fetched_ms: None, is_given: false }
     }
 
     /// Nothing to fetch.
     pub fn given() -> Identity {
-        Identity { current: None, tries: 0, due_ms: None }
+        Identity { current: None, tries: 0, due_ms: None, fetched_ms: None, is_given: true }
+    }
+
+    /// Somebody wants to be let in: whether what is known may be used for that. When it may not, it is
+    /// fetched again: the guest may have been resumed as another capsule.
+    pub fn is_fresh(&mut self, now_ms: u64) -> bool {
+        let fresh = self.is_given || self.fetched_ms.is_some_and(|at| now_ms.saturating_sub(at) < FRESH_MS);
+        if !fresh && self.current.is_none() && self.due_ms.is_none() {
+            self.tries = 0;
+            self.due_ms = Some(now_ms);
+        }
+        fresh
     }
 
     /// When [`Identity::handle_timeout`] is due.
@@ -120,6 +135,7 @@ impl Identity {
             Ok(Some(metadata)) => {
                 self.current = None;
                 self.due_ms = None;
+                self.fetched_ms = Some(now_ms);
                 Some(metadata)
             }
             Err(why) => {

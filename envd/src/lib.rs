@@ -11,6 +11,7 @@
 //! | [`connection`] | sessions with host agents |
 //! | [`service`] | messages become work |
 //! | [`process`] | processes and terminals |
+//! | [`guest`] | time, randomness and defaults from the agent |
 //! | [`identity`] | who the capsule is and who may talk to it |
 //! | [`cmdline`], [`json`], [`metadata`], [`options`], [`token`], [`users`] | pure parsers and tables |
 //! | [`sys`] | the kernel's interface, all of the crate's `unsafe` |
@@ -25,6 +26,7 @@ pub mod cmdline;
 pub mod connection;
 pub mod daemon;
 pub mod entry;
+pub mod guest;
 pub mod identity;
 pub mod init;
 pub mod json;

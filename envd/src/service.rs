@@ -2,13 +2,14 @@
 
 use crate::connection::{ConnectionId, StreamKey, Task};
 use crate::daemon::Daemon;
+use crate::guest;
 use crate::log::log;
 use crate::process::ProcessKey;
 use crate::process::table::Piece;
 use alloc::format;
 use alloc::string::ToString;
 use wire::message::{
-    Code, Done, Error, Health, HealthReply, Message, ProcessAttach, ProcessEndInput, ProcessList,
+    Code, Done, Error, GuestInit, Health, HealthReply, Message, ProcessAttach, ProcessEndInput, ProcessList,
     ProcessSignal, ProcessStart, TerminalResize,
 };
 use wire::session::{Event, SessionError};
@@ -76,6 +77,10 @@ impl Daemon {
                     uptime_ms: self.now_ms - self.started_ms,
                 };
                 self.connections.send_last(key, &reply);
+            }
+            GuestInit::KIND => {
+                guest::initialise(&decode::<GuestInit>(body)?, &mut self.defaults)?;
+                self.connections.send_last(key, &Done {});
             }
             ProcessStart::KIND => {
                 let start = decode::<ProcessStart>(body)?;

@@ -23,8 +23,10 @@ const MAX_CANDIDATES: usize = 64;
 pub struct Defaults {
     /// Account for requests that name none; empty for `user`, or root where that does not exist.
     pub user: String,
-    /// Environment of every process, beneath the request's own.
-    pub environment: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Environment of every process that says which capsule it is in.
+    pub identity: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Environment of every process that the agent told, beneath the request's own.
+    pub told: Vec<(Vec<u8>, Vec<u8>)>,
     /// Whether envd is root and can become other users.
     pub is_root: bool,
 }
@@ -131,7 +133,7 @@ fn environment(request: &ProcessStart, user: &User, defaults: &Defaults) -> Resu
     if request.terminal_columns > 0 {
         environment.set(b"TERM", DEFAULT_TERM);
     }
-    for (name, value) in &defaults.environment {
+    for (name, value) in defaults.identity.iter().chain(&defaults.told) {
         environment.set(name, value);
     }
     for (name, value) in &request.environment {
@@ -253,7 +255,8 @@ mod tests {
         request.user = "root".into();
         request.environment = alloc::vec![("A".into(), "2".into()), ("PATH".into(), "/x".into())];
         let defaults = Defaults {
-            environment: alloc::vec![(b"A".to_vec(), b"1".to_vec()), (b"B".to_vec(), b"3".to_vec())],
+            identity: alloc::vec![(b"B".to_vec(), b"3".to_vec())],
+            told: alloc::vec![(b"A".to_vec(), b"1".to_vec())],
             ..Defaults::default()
         };
         let (plan, user) = plan(&request, &defaults).expect("valid");

@@ -37,6 +37,32 @@ pub fn sleep_us(us: u64) {
     let _ = unsafe { syscall!(libc::SYS_nanosleep, &raw const time, 0usize) };
 }
 
+/// `RNDADDENTROPY` and `RNDRESEEDCRNG` (include/uapi/linux/random.h).
+const RNDADDENTROPY: u32 = 0x4008_5203;
+const RNDRESEEDCRNG: u32 = 0x5207;
+
+/// Mixes at most 512 random bytes from a trusted source into the kernel's pool, and makes it use them at
+/// once.
+pub fn add_randomness(bytes: &[u8]) -> Result<(), Errno> {
+    /// `struct rand_pool_info`.
+    #[repr(C)]
+    struct PoolInfo {
+        entropy_count: i32,
+        buf_size: i32,
+        buf: [u8; 512],
+    }
+    let mut info =
+        PoolInfo { entropy_count: bytes.len() as i32 * 8, buf_size: bytes.len() as i32, buf: [0; 512] };
+    info.buf.get_mut(..bytes.len()).ok_or(Errno(libc::EINVAL))?.copy_from_slice(bytes);
+    let device = super::file::open(super::file::CURRENT, c"/dev/urandom", libc::O_RDWR, 0)?;
+    // SAFETY: the struct lives for the call, and says how much of its buffer is filled.
+    unsafe {
+        syscall!(libc::SYS_ioctl, device.raw(), RNDADDENTROPY, &raw const info)?;
+        syscall!(libc::SYS_ioctl, device.raw(), RNDRESEEDCRNG, 0usize)?;
+    }
+    Ok(())
+}
+
 /// Fills a buffer of at most 256 bytes with random bytes. `EAGAIN` while the kernel has none yet.
 pub fn random(buffer: &mut [u8]) -> Result<(), Errno> {
     assert!(buffer.len() <= 256, "longer requests may come back short");
