@@ -7,15 +7,21 @@
 //! | module | what it is |
 //! | --- | --- |
 //! | [`http`] | server loop, connections, router, what handlers see |
+//! | [`worker`] | the pool of threads with database connections |
 //! | [`hosts`] | the live sessions to hosts; scheduler and reconciler |
 //! | [`api`] | the handlers, one file a resource, and the routing table |
 //! | [`auth`] | passwords, logins, API keys, host tokens |
 //! | [`db`] | the database connection, migrations, one file a table |
 //! | [`audit`] | who did what |
+//! | [`cli`] | the command line |
+//! | [`sys`] | signals and resource limits |
 
 pub mod api;
 pub mod audit;
 pub mod auth;
+pub mod cli;
 pub mod db;
 pub mod hosts;
 pub mod http;
+pub mod sys;
+pub mod worker;

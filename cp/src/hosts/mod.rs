@@ -5,6 +5,7 @@ pub mod credential;
 pub mod error;
 pub mod relay;
 pub mod reply;
+pub mod sessions;
 
 
 pub mod reconciler;

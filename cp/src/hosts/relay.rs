@@ -5,7 +5,8 @@
 //! not keep up.
 
 use super::error::HostError;
-use crate::http::handler::{Flow, Response};
+use crate::http::handler::{Flow, Response, Step, encode};
+use wire::message::{Forward, Message};
 
 /// What a translator wants done.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,6 +17,8 @@ pub enum Action {
     Body(Vec<u8>),
     /// The response's body is complete.
     EndBody,
+    /// A complete response, before any head; on a WebSocket an error message and a close.
+    Respond(Response),
     /// A text message to the WebSocket.
     Text(String),
     /// Ends the WebSocket with a code (RFC 6455 section 7.4) and a reason.
@@ -44,6 +47,8 @@ pub trait Translator: Send {
     fn client_binary(&mut self, bytes: &[u8], actions: &mut Vec<Action>);
 }
 
+pub use crate::api::capsule_access::Target;
+
 /// Joins the client with a stream to a host until either ends.
 pub struct Relay {
     /// The host's id.
@@ -52,23 +57,67 @@ pub struct Relay {
     pub address: String,
     /// Encoded messages that open the stream.
     pub messages: Vec<Vec<u8>>,
+    /// Whether our half of the stream ends after them.
+    pub half_close: bool,
+    /// Whether the client's side is a WebSocket; else it is the response's body.
+    pub is_websocket: bool,
     /// How long until the host's first message, in milliseconds, connecting included.
     pub timeout_ms: u64,
     /// What stands between the two.
     pub translator: Box<dyn Translator>,
 }
 
-/// What follows an upload.
-pub type UploadContinuation = Box<dyn FnOnce(Result<(), HostError>) -> Flow + Send>;
+impl Relay {
+    /// A WebSocket joined with a stream into a capsule that `message` opens.
+    pub fn websocket<M: Message>(
+        target: &Target,
+        message: &M,
+        timeout_ms: u64,
+        translator: impl Translator + 'static,
+    ) -> Flow {
+        Ok(Step::Relay(Relay::new(target, message, false, true, timeout_ms, Box::new(translator))))
+    }
+
+    /// A response's body from a stream out of a capsule that `message` opens.
+    pub fn download<M: Message>(
+        target: &Target,
+        message: &M,
+        timeout_ms: u64,
+        translator: impl Translator + 'static,
+    ) -> Flow {
+        Ok(Step::Relay(Relay::new(target, message, true, false, timeout_ms, Box::new(translator))))
+    }
+
+    fn new<M: Message>(
+        target: &Target,
+        message: &M,
+        half_close: bool,
+        is_websocket: bool,
+        timeout_ms: u64,
+        translator: Box<dyn Translator>,
+    ) -> Relay {
+        let forward = Forward { capsule_id: target.capsule_id.clone() };
+        Relay {
+            host_id: target.host_id.clone(),
+            address: target.address.clone(),
+            messages: vec![encode(&forward), encode(message)],
+            half_close,
+            is_websocket,
+            timeout_ms,
+            translator,
+        }
+    }
+}
+
+/// What follows an upload: its end, or the response that refuses it.
+pub type UploadContinuation = Box<dyn FnOnce(Result<(), Response>) -> Flow + Send>;
 
 /// A streamed multipart body that goes into a file of a capsule.
 pub struct Upload {
-    /// The host's id.
-    pub host_id: String,
-    /// Where its agent listens, `IP:PORT`.
-    pub address: String,
-    /// The capsule.
-    pub capsule_id: String,
+    /// Where to.
+    pub target: Target,
+    /// The request's `Content-Type`.
+    pub content_type: String,
     /// What follows.
     pub then: UploadContinuation,
 }

@@ -1,0 +1,61 @@
+//! Signals as a file: signalfd(2). They are blocked for every thread, so this must be done before the
+//! first thread starts.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+/// The signals that end the program in good order, readable from a descriptor.
+#[derive(Debug)]
+pub struct Signals {
+    fd: OwnedFd,
+}
+
+impl Signals {
+    /// Blocks SIGTERM and SIGINT for this thread and those it will start, and takes them by descriptor.
+    ///
+    /// # Errors
+    /// When the kernel gives no descriptor.
+    pub fn termination() -> io::Result<Signals> {
+        // SAFETY: an all-zero sigset_t is a valid object for sigemptyset to initialise.
+        let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+        // SAFETY: `set` is a sigset_t that outlives the calls; the signal numbers are valid.
+        unsafe {
+            libc::sigemptyset(&raw mut set);
+            libc::sigaddset(&raw mut set, libc::SIGTERM);
+            libc::sigaddset(&raw mut set, libc::SIGINT);
+        }
+        // SAFETY: `set` is initialised; the old mask is not asked for.
+        let error = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+        if error != 0 {
+            return Err(io::Error::from_raw_os_error(error));
+        }
+        // SAFETY: `set` is initialised and only read.
+        let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just given us this descriptor and nobody else knows it.
+        Ok(Signals { fd: unsafe { OwnedFd::from_raw_fd(fd) } })
+    }
+
+    /// The descriptor, readable when a signal waits.
+    pub fn fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+
+    /// Takes every signal that waits; whether there was one. Never blocks.
+    pub fn take(&self) -> bool {
+        let mut any = false;
+        loop {
+            // SAFETY: an all-zero signalfd_siginfo is a valid one.
+            let mut info: libc::signalfd_siginfo = unsafe { std::mem::zeroed() };
+            let size = size_of::<libc::signalfd_siginfo>();
+            // SAFETY: `info` has room for `size` bytes and outlives the call.
+            let got = unsafe { libc::read(self.fd.as_raw_fd(), (&raw mut info).cast(), size) };
+            if got <= 0 {
+                return any;
+            }
+            any = true;
+        }
+    }
+}
