@@ -33,7 +33,9 @@ while (($#)); do
     shift 2
 done
 [[ $template =~ ^[a-z0-9][a-z0-9_-]{0,63}$ ]] || die "the template name $template is not of a-z, 0-9, - and _"
-[[ -f $here/templates/$template/packages ]] || die "no template $template in rootfs/templates"
+for file in packages dpkg.cfg customize.sh; do
+    [[ -f $here/templates/$template/$file ]] || die "no $file in rootfs/templates/$template: see rootfs/README.md"
+done
 [[ -f $envd ]] || die "no envd binary at $envd: build it first (make build)"
 # A dynamic program asks for a loader that the initramfs does not have.
 if LC_ALL=C grep -q -a -F '/ld-linux' <(head -c 4096 -- "$envd"); then
@@ -53,7 +55,8 @@ recipe() {
 }
 envd_sha256=$(digest "$envd")
 kernel_recipe=$(recipe "$here"/{lib,build,fetch-kernel,extract-vmlinux,make-initramfs}.sh)
-image_recipe=$(recipe "$here"/{lib,build,apt-sources,make-image,put-envd}.sh "$here/templates/$template"/*)
+# All templates, as one may build on another.
+image_recipe=$(recipe "$here"/{lib,build,apt-sources,make-image,put-envd}.sh "$here"/templates/*/*)
 
 # is_current DIRECTORY RECIPE FILE...: whether the manifest there speaks of this recipe, and the files
 # that it was written with are there.
