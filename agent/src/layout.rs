@@ -138,8 +138,8 @@ impl Layout {
             (self.root.clone(), 0o755),
             (self.kernels(), 0o755),
             (self.images(), 0o755),
-            (self.sandboxes(), 0o711),
-            (self.snapshots(), 0o711),
+            (self.sandboxes(), 0o700),
+            (self.snapshots(), 0o700),
         ] {
             let made = DirBuilder::new().recursive(true).mode(mode).create(&directory);
             made.map_err(|source| LayoutError::Io { step: "make the directory", path: directory, source })?;

@@ -109,7 +109,12 @@ impl Capsule {
             Part::Machine => self.make_machine(ctx).err().map(|reason| make_failed(part, reason)),
             Part::Guest => {
                 self.guest_attempts = 0;
-                self.connect_guest(ctx);
+                if self.lifecycle.state() == CapsuleState::Running {
+                    // The session was lost; the first attempt waits as any further one does.
+                    self.retry_guest(ctx, "the session was lost".into());
+                } else {
+                    self.connect_guest(ctx);
+                }
                 None
             }
         }

@@ -7,16 +7,23 @@ use mio::Token;
 use mio::net::TcpStream;
 use std::time::{SystemTime, UNIX_EPOCH};
 use wire::codec::{Bytes, DecodeError};
-use wire::message::{Code, Done, Error, GuestInit, Health, HealthReply, expect};
+use wire::message::{CapsuleState, Code, Done, Error, GuestInit, Health, HealthReply, expect};
 use wire::reactor::{Link, Socket};
 use wire::session::{Event, Limits, Session, StreamId};
 
 /// Who the agent is to guest daemons.
 pub const IDENTITY: &str = "agent";
-/// The wait between two attempts to connect while the guest boots.
-pub const ATTEMPT_INTERVAL_MS: u64 = 25;
+/// The wait between two attempts to connect while the guest boots: its kernel is up by then, its daemon
+/// about to listen.
+pub const ATTEMPT_INTERVAL_MS: u64 = 10;
+/// The wait after a session that failed. Each costs a key derivation of some milliseconds on the event
+/// loop, so a guest that breaks every session must not set the pace.
+pub const SESSION_RETRY_MS: u64 = 200;
 /// The longest wait between two attempts once a capsule was running.
-pub const MAX_ATTEMPT_INTERVAL_MS: u64 = 1_000;
+pub const MAX_ATTEMPT_INTERVAL_MS: u64 = 2_000;
+/// How much of what a guest daemon says of itself or of an error is kept, in characters: it is the
+/// guest's word, and a guest may be hostile.
+const MAX_GUEST_TEXT: usize = 200;
 /// How long an attempt may take. A guest that has not booted drops what is sent to it, and TCP itself
 /// would only try again after a second.
 pub const ATTEMPT_TIMEOUT_MS: u64 = 150;
@@ -95,14 +102,16 @@ impl Capsule {
         }
     }
 
-    /// Plans the next attempt after one that failed.
+    /// Plans the next attempt after a connection or a session that failed.
     pub fn retry_guest(&mut self, ctx: &mut Context, reason: String) {
+        let had_session = matches!(self.guest, GuestLink::Up(_));
+        let was_running = self.lifecycle.state() == CapsuleState::Running;
         self.drop_guest(ctx);
         self.guest = GuestLink::Waiting;
-        let wait = if self.lifecycle.state() == wire::message::CapsuleState::Running {
-            (ATTEMPT_INTERVAL_MS << self.guest_attempts.min(8)).min(MAX_ATTEMPT_INTERVAL_MS)
-        } else {
-            ATTEMPT_INTERVAL_MS
+        let wait = match (was_running, had_session) {
+            (true, _) => (SESSION_RETRY_MS << self.guest_attempts.min(8)).min(MAX_ATTEMPT_INTERVAL_MS),
+            (false, true) => SESSION_RETRY_MS,
+            (false, false) => ATTEMPT_INTERVAL_MS,
         };
         log::trace!("capsule {}: guest daemon, attempt {}: {reason}", self.spec.id, self.guest_attempts);
         self.last_guest_error = reason;
@@ -234,15 +243,20 @@ fn read_init_answer(kind: u16, body: &[u8], may_do_without: bool) -> Result<(), 
 }
 
 fn read_health_answer(kind: u16, body: &[u8]) -> Result<String, String> {
-    expect::<HealthReply>(kind, body).map(|reply| reply.version).map_err(|e| refusal(kind, body, e))
+    expect::<HealthReply>(kind, body).map(|reply| shown(&reply.version)).map_err(|e| refusal(kind, body, e))
 }
 
 /// Why the daemon did not answer as it should: its own error where it sent one.
 fn refusal(kind: u16, body: &[u8], decoding: DecodeError) -> String {
     match expect::<Error>(kind, body) {
-        Ok(error) => format!("the guest daemon refused its initialisation: {error}"),
+        Ok(error) => shown(&format!("the guest daemon refused its initialisation: {error}")),
         Err(_) => format!("the guest daemon's answer makes no sense ({}): {decoding}", Code::Protocol.name()),
     }
+}
+
+/// A guest's text, fit for a message.
+fn shown(text: &str) -> String {
+    text.chars().take(MAX_GUEST_TEXT).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 /// Whether a non-blocking connect has come through.
