@@ -10,17 +10,28 @@
 //!
 //! Every failure is a [`failure::Class`] with its own exit code. Nothing here opens a socket.
 
+pub mod advisories;
 pub mod archive;
+pub mod audits;
+pub mod check;
 pub mod codec;
 pub mod configuration;
 pub mod date;
+pub mod dependencies;
+pub mod elf;
 pub mod failure;
 pub mod files;
+pub mod inputs;
+pub mod inventory;
 pub mod json;
+pub mod licence;
 pub mod lock;
 pub mod manifest;
 pub mod policy;
+pub mod release;
 pub mod resolve;
+pub mod sbom;
+pub mod scan;
 pub mod target;
 pub mod toml;
 pub mod vendor;
