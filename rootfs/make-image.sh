@@ -64,7 +64,7 @@ install_packages() {
         --essential-hook='APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get --yes --quiet=2 --download-only install '"${names//,/ }" \
         --customize-hook='umount "$1/var/cache/apt/archives"' \
         --customize-hook="'$template/customize.sh' \"\$1\"" \
-        "$SUITE" "$tree" "$sources" >&2
+        "$SUITE" "$tree" "$sources" >&2 || die "mmdebstrap failed: see above; can this machine reach its Debian mirror?"
 }
 
 # tidy_tree: what packages and their scripts left that differs from build to build or is never read.
