@@ -59,8 +59,6 @@ fn sockets_of_the_namespace_work_from_outside_it() {
 #[test]
 fn a_guest_reaches_the_metadata_service_and_nothing_else() {
     let Some(machine) = Machine::take() else { return };
-    let installed = host::is_installed().expect("nft runs");
-    host::install(false).expect("installed");
     let (mut network, tap) = with_free_slot(|slot| CapsuleNetwork::create(slot, CLOSED));
     let slot = network.slot();
     let _listener = network.metadata_listener().expect("listening");
@@ -131,16 +129,12 @@ fn a_guest_reaches_the_metadata_service_and_nothing_else() {
     network.destroy().expect("destroyed");
     let set = output("nft", &["list", "set", "inet", "wrenn", "internet"]);
     assert!(!set.contains(&slot.host_link_name()), "{set}");
-    if !installed {
-        host::remove_if_unused().expect("removed");
-    }
     machine.check();
 }
 
 #[test]
 fn with_internet_a_guest_gets_out_of_the_host_masqueraded() {
     let Some(machine) = Machine::take() else { return };
-    let installed = host::is_installed().expect("nft runs");
     let forwarding = std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward").expect("read");
     host::install(true).expect("installed");
     let (network, tap) = with_free_slot(|slot| CapsuleNetwork::create(slot, OPEN));
@@ -176,9 +170,6 @@ fn with_internet_a_guest_gets_out_of_the_host_masqueraded() {
     output("ip", &["netns", "delete", outside]);
     drop(tap);
     network.destroy().expect("destroyed");
-    if !installed {
-        host::remove_if_unused().expect("removed");
-    }
     std::fs::write("/proc/sys/net/ipv4/ip_forward", forwarding).expect("restored");
     machine.check();
 }
@@ -202,8 +193,6 @@ fn the_host_reaches_the_guest_by_its_own_address() {
 #[test]
 fn capsules_do_not_reach_each_other_even_with_internet() {
     let Some(machine) = Machine::take() else { return };
-    let installed = host::is_installed().expect("nft runs");
-    host::install(false).expect("installed");
     let make = || with_free_slot(|slot| CapsuleNetwork::create(slot, OPEN));
     let ((one, one_tap), (two, two_tap)) = (make(), make());
     let (from, to) = (one.slot(), two.slot());
@@ -216,10 +205,8 @@ fn capsules_do_not_reach_each_other_even_with_internet() {
     write_frame(&one_tap, &packet(from, from.guest_mac().0, GUEST, to.host_ip(), 49_983));
     assert_eq!(read_frame(&two_tap, is_tcp_with(0)), None, "the second guest has heard of it");
     drop((one_tap, two_tap));
+    assert!(!host::remove_if_unused().expect("looked at"), "a table in use stays");
     one.destroy().expect("destroyed");
     two.destroy().expect("destroyed");
-    if !installed {
-        host::remove_if_unused().expect("removed");
-    }
     machine.check();
 }

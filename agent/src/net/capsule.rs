@@ -1,7 +1,7 @@
 //! One capsule's network, made and unmade whole.
 
 use super::error::NetError;
-use super::firewall::{self, FirewallError, Policy};
+use super::firewall::{self, Policy};
 use super::link::Links;
 use super::netlink::VethEnd;
 use super::netns::{self, Namespace};
@@ -45,6 +45,7 @@ impl CapsuleNetwork {
         undo.namespace = true;
         let (mut inner, tap) = namespace.run(|| furnish_namespace(slot))??;
 
+        let _held = host::hold()?;
         let mut outer = Links::open()?;
         let host_end = VethEnd { name: &slot.host_link_name(), mac: slot.host_link_mac() };
         let guest_end = VethEnd { name: GUEST_LINK_NAME, mac: slot.guest_link_mac() };
@@ -79,14 +80,11 @@ impl CapsuleNetwork {
     pub fn set_policy(&mut self, policy: Policy) -> Result<(), NetError> {
         let rules = firewall::capsule_rules(self.slot, policy);
         firewall::load(&rules, Some(self.namespace()))?;
-        if policy.allow_internet {
-            self.let_out = true;
-            firewall::load(&firewall::host_element(self.slot, policy), None)?;
-        } else if self.let_out {
-            shut_in(self.slot)?;
-            self.let_out = false;
+        if self.let_out && !policy.allow_internet {
+            host::shut_in(self.slot)?;
         }
-        Ok(())
+        self.let_out = policy.allow_internet;
+        host::admit(self.slot, policy)
     }
 
     /// Makes `tap0` again after its VMM has ended, as for a capsule that resumes, and guards it. Blocks for
@@ -133,7 +131,7 @@ pub fn destroy_remains(slot: Slot) -> Result<bool, NetError> {
 }
 
 fn remove(slot: Slot, let_out: bool) -> Result<bool, NetError> {
-    let shut_in = if let_out { shut_in(slot) } else { Ok(()) };
+    let shut_in = if let_out { host::shut_in(slot) } else { Ok(()) };
     let link = Links::open().and_then(|mut links| links.delete(&slot.host_link_name()));
     let namespace = netns::remove(&slot.namespace_name());
     shut_in?;
@@ -143,15 +141,6 @@ fn remove(slot: Slot, let_out: bool) -> Result<bool, NetError> {
 /// The slots of which there is something on this host, ours or another agent's, in order.
 pub fn existing_slots() -> io::Result<Vec<Slot>> {
     host::links()
-}
-
-/// Takes the capsule's link out of the host's set of links with internet.
-fn shut_in(slot: Slot) -> Result<(), NetError> {
-    match firewall::load(&firewall::host_element(slot, Policy::default()), None) {
-        // Where the host's table is not in place there is no set to be in.
-        Err(FirewallError::Refused { .. }) if !host::is_installed()? => Ok(()),
-        other => Ok(other?),
-    }
 }
 
 /// Runs inside the namespace.
@@ -214,7 +203,7 @@ impl Drop for Undo {
             }
         };
         if self.link {
-            report(shut_in(self.slot).map(|()| true));
+            report(host::shut_in(self.slot).map(|()| true));
             report(Links::open().and_then(|mut links| links.delete(&self.slot.host_link_name())));
         }
         if self.namespace {

@@ -2,18 +2,25 @@
 //! internet.
 
 use super::error::NetError;
-use super::firewall::{self, FirewallError};
+use super::firewall::{self, FirewallError, Policy};
 use super::slot::Slot;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io;
+use std::thread;
+use std::time::Duration;
 
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 const LINKS: &str = "/sys/class/net";
+
+/// A removal takes milliseconds.
+const LOCK_RETRY: Duration = Duration::from_millis(5);
+const LOCK_ATTEMPTS: u32 = 400;
 
 /// Puts the host's firewall table in place, and lets the host forward IPv4 packets if `forwarding`, which
 /// capsules with internet need. May be called again. Forwarding stays on afterwards: others may have come
 /// to rely on it. Blocks for milliseconds.
 pub fn install(forwarding: bool) -> Result<(), NetError> {
+    let _held = hold()?;
     firewall::load(&firewall::host_rules(), None)?;
     if forwarding {
         let enabled = fs::read_to_string(FORWARDING).map_err(NetError::system("reading", FORWARDING))?;
@@ -24,15 +31,62 @@ pub fn install(forwarding: bool) -> Result<(), NetError> {
     Ok(())
 }
 
-/// Takes the host's firewall table away unless a capsule's link is there, ours or another agent's. Returns
-/// whether it is gone.
+/// Takes the host's firewall table away unless a capsule's link is there or being made, ours or another
+/// agent's. Returns whether it is gone.
 pub fn remove_if_unused() -> Result<bool, NetError> {
+    let lock = open_lock()?;
+    match lock.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Ok(false),
+        Err(TryLockError::Error(e)) => return Err(NetError::system("locking", LINKS)(e)),
+    }
     if !links().map_err(NetError::system("listing", LINKS))?.is_empty() {
         return Ok(false);
     }
     match firewall::load(&firewall::host_removal(), None) {
         Err(FirewallError::Refused { .. }) if !is_installed()? => Ok(true),
         other => Ok(other.map(|()| true)?),
+    }
+}
+
+/// Keeps [`remove_if_unused`], of whichever agent on this host, from taking the table away until the result
+/// is dropped: long enough to make a link, which then keeps it.
+pub(super) fn hold() -> Result<File, NetError> {
+    let lock = open_lock()?;
+    for _ in 0..LOCK_ATTEMPTS {
+        match lock.try_lock_shared() {
+            Ok(()) => return Ok(lock),
+            Err(TryLockError::WouldBlock) => thread::sleep(LOCK_RETRY),
+            Err(TryLockError::Error(e)) => return Err(NetError::system("locking", LINKS)(e)),
+        }
+    }
+    Err(NetError::system("locking", LINKS)(io::ErrorKind::TimedOut.into()))
+}
+
+/// The directory of this namespace's links: every agent finds the same one, and nobody has to remove it.
+fn open_lock() -> Result<File, NetError> {
+    File::open(LINKS).map_err(NetError::system("opening", LINKS))
+}
+
+/// Puts the table in place if another agent has removed it, and lets a capsule's link out to the internet
+/// if its policy says so.
+pub(super) fn admit(slot: Slot, policy: Policy) -> Result<(), NetError> {
+    // Asking first: the kernel takes five times as long to replace rules as to add some.
+    if !is_installed()? {
+        firewall::load(&firewall::host_rules(), None)?;
+    }
+    if policy.allow_internet {
+        firewall::load(&firewall::host_element(slot, policy), None)?;
+    }
+    Ok(())
+}
+
+/// Takes a capsule's link out of the set of links with internet.
+pub(super) fn shut_in(slot: Slot) -> Result<(), NetError> {
+    match firewall::load(&firewall::host_element(slot, Policy::default()), None) {
+        // Where the table is not in place there is no set to be in.
+        Err(FirewallError::Refused { .. }) if !is_installed()? => Ok(()),
+        other => Ok(other?),
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use wrenn_agent::net::{NetError, Slot};
+use wrenn_agent::net::{NetError, Slot, host};
 
 /// Tests of one program change the same machine: one at a time.
 static MACHINE: Mutex<()> = Mutex::new(());
@@ -41,6 +41,8 @@ pub struct Snapshot {
 /// Holds the machine, and compares it with how it was when it is let go with [`Machine::check`].
 pub struct Machine {
     before: Snapshot,
+    /// Whether the host's firewall table was there.
+    installed: bool,
     _guard: MutexGuard<'static, ()>,
 }
 
@@ -53,11 +55,15 @@ impl Machine {
             eprintln!("SKIPPED: {reason}");
             return None;
         }
-        Some(Machine { before: Snapshot::now(), _guard: guard })
+        let installed = host::is_installed().expect("nft runs");
+        Some(Machine { before: Snapshot::now(), installed, _guard: guard })
     }
 
     /// Panics when anything is there that was not, or the other way round.
     pub fn check(self) {
+        if !self.installed {
+            host::remove_if_unused().expect("the table is removed");
+        }
         assert_eq!(self.before, Snapshot::now(), "the machine is not as it was");
     }
 }
