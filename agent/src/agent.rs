@@ -5,9 +5,9 @@
 
 use crate::capsule::lifecycle::{Action, Event as LifeEvent};
 use crate::capsule::{Capsule, CapsuleKey, CapsuleTimer, GuestLink, Source as CapsuleSource};
-use crate::context::{Context, PeerId, Report, Source, TimerKey, nonce, random_bytes};
+use crate::context::{Context, PeerId, Report, Source, TimerKey, random_bytes};
 use crate::registration::Registration;
-use crate::service::{Peer, StreamUse};
+use crate::service::Peer;
 use crate::sys::signals::Signals;
 use mio::net::TcpListener;
 use mio::{Events, Poll, Token};
@@ -15,20 +15,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::time::Duration;
 use wire::auth::Verifier;
-use wire::message::{Code, Done, Error as ErrorMessage};
-use wire::reactor::{Link, Socket};
-use wire::session::{Limits, Session};
+use wire::message::{Code, Done};
+use wire::session::StreamId;
 
 /// Readiness events taken from the kernel at a time.
 const EVENTS: usize = 1024;
-/// Connections of control planes at once, those that have not authenticated yet included.
-pub const MAX_PEERS: usize = 64;
-/// Connections taken in one turn.
-const ACCEPT_BUDGET: usize = 16;
 /// Capsules that the agent keeps at once, those that have ended and wait to be destroyed included.
 pub const MAX_CAPSULES: usize = 4096;
-/// How often sessions are gone over in one turn before others have theirs.
-const PUMP_BUDGET: usize = 4096;
 /// How long a shutdown may take before the agent ends with capsules left, for the next start to clear.
 pub const SHUTDOWN_TIMEOUT_MS: u64 = 45_000;
 /// The longest wait of a turn: the clock is read at least this often.
@@ -59,27 +52,27 @@ pub struct Agent {
     /// What all parts share.
     pub ctx: Context,
     poll: Poll,
-    listener: TcpListener,
+    pub(crate) listener: TcpListener,
     signals: Signals,
     /// Calls to the control plane.
     pub registration: Registration,
     /// Proves control planes right.
     pub verifier: Verifier,
     /// Makes a wrong identity look like a wrong secret.
-    decoy_key: [u8; 32],
+    pub(crate) decoy_key: [u8; 32],
     /// Connections of control planes.
     pub peers: BTreeMap<PeerId, Peer>,
-    next_peer: PeerId,
+    pub(crate) next_peer: PeerId,
     /// All capsules.
     pub capsules: BTreeMap<CapsuleKey, Capsule>,
     /// Their keys by id.
     pub ids: BTreeMap<String, CapsuleKey>,
     next_capsule: CapsuleKey,
-    dirty: BTreeSet<Dirty>,
+    pub(crate) dirty: BTreeSet<Dirty>,
     /// Streams that have to be tried again, see [`crate::pipe::Flow::Stalled`].
-    pub stalled: BTreeSet<(PeerId, u32)>,
-    listener_ready: bool,
-    stopping: bool,
+    pub stalled: BTreeSet<(PeerId, StreamId)>,
+    pub(crate) listener_ready: bool,
+    pub(crate) stopping: bool,
     outcome: Option<Outcome>,
 }
 
@@ -252,54 +245,6 @@ impl Agent {
         }
     }
 
-    fn accept_peers(&mut self) {
-        if !self.listener_ready {
-            return;
-        }
-        for _ in 0..ACCEPT_BUDGET {
-            let (mut stream, address) = match self.listener.accept() {
-                Ok(accepted) => accepted,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    self.listener_ready = false;
-                    return;
-                }
-                Err(e) => {
-                    // Out of descriptors, or a connection that is gone again: the next event tries again.
-                    log::warn!("accepting a connection: {e}");
-                    self.listener_ready = false;
-                    return;
-                }
-            };
-            if self.stopping {
-                log::debug!("connection from {address} refused: shutting down");
-                continue;
-            }
-            if self.peers.len() >= MAX_PEERS {
-                log::warn!("connection from {address} refused: {MAX_PEERS} are open");
-                continue;
-            }
-            let id = self.next_peer;
-            self.next_peer += 1;
-            let token = match self.ctx.watch(&mut stream, Source::Peer(id)) {
-                Ok(token) => token,
-                Err(e) => {
-                    log::warn!("watching the connection from {address}: {e}");
-                    continue;
-                }
-            };
-            let name = concat!("wrenn-agent/", env!("CARGO_PKG_VERSION"));
-            let session = Session::server(name, nonce(), Limits::default(), self.ctx.now_ms());
-            let peer = Peer {
-                link: Link::new(Socket::new(stream), session),
-                token,
-                address,
-                streams: BTreeMap::new(),
-            };
-            self.peers.insert(id, peer);
-            self.mark(Dirty::Peer(id));
-        }
-    }
-
     fn on_report(&mut self, report: Report) {
         match report {
             Report::Capsule(key, report) => {
@@ -444,146 +389,5 @@ impl Agent {
                 unreachable!("the capsule does these itself")
             }
         }
-    }
-
-    /// Reads, deals with and writes everything that sessions have, up to a budget; what is left has its
-    /// turn after the next look at the kernel.
-    fn pump_all(&mut self) {
-        let mut again = BTreeSet::new();
-        for _ in 0..PUMP_BUDGET {
-            let Some(dirty) = self.dirty.pop_first() else { break };
-            match dirty {
-                Dirty::Peer(id) => self.pump_peer(id),
-                Dirty::Guest(key) => self.pump_guest(key),
-                Dirty::Machine(key) => {
-                    if self.capsules.get_mut(&key).is_some_and(Capsule::pump_machine) {
-                        again.insert(dirty);
-                    }
-                }
-            }
-        }
-        self.dirty.append(&mut again);
-        for (peer, stream) in std::mem::take(&mut self.stalled) {
-            self.pump_forward(peer, stream);
-            self.continue_list((peer, stream));
-        }
-    }
-
-    fn pump_peer(&mut self, id: PeerId) {
-        let now_ms = self.ctx.now_ms();
-        let Some(peer) = self.peers.get_mut(&id) else { return };
-        peer.link.read(now_ms);
-        loop {
-            while let Some(event) = self.peers.get_mut(&id).and_then(|p| p.link.session.poll_event()) {
-                self.on_peer_event(id, event);
-            }
-            let Some(peer) = self.peers.get_mut(&id) else { return };
-            if !peer.link.flush() {
-                break;
-            }
-        }
-        let Some(peer) = self.peers.get_mut(&id) else { return };
-        if peer.link.session.is_closed() {
-            self.close_peer(id);
-            return;
-        }
-        if peer.link.is_readable() {
-            self.dirty.insert(Dirty::Peer(id));
-        }
-        if let Some(at) = peer.link.session.next_timeout_ms() {
-            self.ctx.timers.set(TimerKey::Peer(id), at);
-        }
-    }
-
-    fn pump_guest(&mut self, key: CapsuleKey) {
-        let now_ms = self.ctx.now_ms();
-        let Some(guest) = self.capsules.get_mut(&key).and_then(Capsule::session) else { return };
-        guest.link.read(now_ms);
-        loop {
-            while let Some(event) = self
-                .capsules
-                .get_mut(&key)
-                .and_then(Capsule::session)
-                .and_then(|g| g.link.session.poll_event())
-            {
-                self.on_guest_session_event(key, event);
-            }
-            let Some(guest) = self.capsules.get_mut(&key).and_then(Capsule::session) else { return };
-            if !guest.link.flush() {
-                break;
-            }
-        }
-        let Some(guest) = self.capsules.get_mut(&key).and_then(Capsule::session) else { return };
-        if guest.link.is_readable() {
-            self.dirty.insert(Dirty::Guest(key));
-        }
-        if let Some(at) = guest.link.session.next_timeout_ms() {
-            self.ctx.timers.set(TimerKey::Capsule(key, CapsuleTimer::GuestSession), at);
-        }
-    }
-
-    fn close_peer(&mut self, id: PeerId) {
-        let Some(peer) = self.peers.remove(&id) else { return };
-        self.ctx.forget(peer.token);
-        self.ctx.timers.clear(TimerKey::Peer(id));
-        log::debug!("connection from {} closed", peer.address);
-        for (stream, stream_use) in peer.streams {
-            self.on_peer_stream_gone(id, stream, stream_use);
-        }
-    }
-
-    /// Whoever was at the other end of a control plane's stream hears that it is gone.
-    pub fn on_peer_stream_gone(&mut self, id: PeerId, stream: u32, stream_use: StreamUse) {
-        match stream_use {
-            StreamUse::Creating(key) => {
-                if let Some(capsule) = self.capsules.get_mut(&key) {
-                    capsule.creator = None;
-                    self.apply(key, LifeEvent::Cancel);
-                }
-            }
-            StreamUse::Destroying(key) => {
-                if let Some(capsule) = self.capsules.get_mut(&key) {
-                    capsule.destroyers.retain(|w| *w != (id, stream));
-                }
-            }
-            StreamUse::Forward(forward) => {
-                let Some(capsule) = self.capsules.get_mut(&forward.capsule) else { return };
-                if capsule.forwards.remove(&forward.inner).is_some()
-                    && let Some(guest) = capsule.session()
-                {
-                    guest.link.session.reset(forward.inner, Code::Cancelled, "the caller is gone");
-                    self.mark(Dirty::Guest(forward.capsule));
-                }
-            }
-            StreamUse::AwaitInner(_) | StreamUse::Listing(_) | StreamUse::Answered => {}
-        }
-    }
-
-    /// Sends the one answer of a stream and ends this side's half.
-    pub fn answer<M: wire::message::Message>(&mut self, waiter: (PeerId, u32), message: &M) {
-        let (id, stream) = waiter;
-        let Some(peer) = self.peers.get_mut(&id) else { return };
-        if let Err(e) = peer.link.session.send_last(stream, message) {
-            log::debug!("an answer to {} was not sent: {e}", peer.address);
-        }
-        match peer.streams.get_mut(&stream) {
-            Some(stream_use) if peer.link.session.has_stream(stream) => *stream_use = StreamUse::Answered,
-            _ => {
-                peer.streams.remove(&stream);
-            }
-        }
-        self.mark(Dirty::Peer(id));
-    }
-
-    /// Sends an error as the one answer of a stream.
-    pub fn answer_error(&mut self, waiter: (PeerId, u32), code: Code, text: impl Into<String>) {
-        self.answer(waiter, &ErrorMessage::new(code, text));
-    }
-
-    /// Answers [`SessionEvent::Authenticate`] of a control plane.
-    pub fn authenticate(&mut self, id: PeerId, identity: &str) {
-        let verifier = (identity == crate::service::CP_IDENTITY).then(|| self.verifier.clone());
-        let Some(peer) = self.peers.get_mut(&id) else { return };
-        peer.link.session.provide_verifier(verifier, &self.decoy_key);
     }
 }

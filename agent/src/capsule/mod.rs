@@ -4,6 +4,7 @@
 //! - [`failure`]: why one could not be made, ended, or could not be removed
 //! - [`spec`]: what was asked for, checked
 //! - `executor`: does what the state machine says, through worker jobs
+//! - `machine`: starting the virtual machine, watching it, and its end
 //! - `guest`: the way to the guest daemon
 //! - [`metadata`]: the guest's metadata service
 //! - [`record`]: what a capsule owns, on disk
@@ -18,6 +19,7 @@ pub mod spec;
 
 mod executor;
 mod guest;
+mod machine;
 
 pub use executor::CapsuleReport;
 pub use guest::{Greeting, GuestLink, GuestSession};

@@ -1,0 +1,243 @@
+//! Transitions as scripts, and a run of random worlds.
+
+use super::*;
+use Action::*;
+use Part::*;
+
+fn broken() -> Failure {
+    Failure::ShutDownByGuest("test".into())
+}
+
+/// Feeds events and compares the actions of each.
+fn script(steps: &[(Event, &[Action])]) -> Lifecycle {
+    let mut life = Lifecycle::new();
+    for (number, (event, expected)) in steps.iter().enumerate() {
+        let actions = life.handle(event.clone());
+        assert_eq!(actions, *expected, "step {number}: {event:?}");
+    }
+    life
+}
+
+const UP: [(Event, &[Action]); 6] = [
+    (Event::Create, &[Make(Record)]),
+    (Event::Made(Record), &[Make(Network), Make(Disk)]),
+    (Event::Made(Disk), &[]),
+    (Event::Made(Network), &[Make(Machine)]),
+    (Event::Made(Machine), &[Make(Guest)]),
+    (Event::Made(Guest), &[Created]),
+];
+
+fn after_up(steps: &[(Event, &[Action])]) -> Lifecycle {
+    let mut all = UP.to_vec();
+    all.extend_from_slice(steps);
+    script(&all)
+}
+
+#[test]
+fn created_and_destroyed() {
+    let life = after_up(&[
+        (Event::Destroy, &[Remove(Guest)]),
+        (Event::Removed(Guest), &[Remove(Machine)]),
+        (Event::MachineExited(broken()), &[Remove(Network), Remove(Disk)]),
+        (Event::Removed(Network), &[]),
+        (Event::Removed(Disk), &[Remove(Record)]),
+        (Event::Removed(Record), &[Destroyed, Forget]),
+    ]);
+    assert_eq!(life.state(), CapsuleState::Stopped);
+}
+
+#[test]
+fn states_on_the_way() {
+    let mut life = Lifecycle::new();
+    let mut states = vec![life.state()];
+    for (event, _) in UP {
+        life.handle(event);
+        states.push(life.state());
+    }
+    use CapsuleState::{Pending, Running, Starting, Stopping};
+    assert_eq!(states, [Pending, Pending, Starting, Starting, Starting, Starting, Running]);
+    life.handle(Event::Destroy);
+    assert_eq!(life.state(), Stopping);
+}
+
+#[test]
+fn a_part_under_way_is_waited_for_and_removed() {
+    script(&[
+        (Event::Create, &[Make(Record)]),
+        (Event::Made(Record), &[Make(Network), Make(Disk)]),
+        (Event::Cancel, &[]),
+        (Event::Made(Network), &[Remove(Network)]),
+        (Event::Removed(Network), &[]),
+        (Event::MakeFailed(Disk, broken()), &[Remove(Record)]),
+        (Event::Removed(Record), &[CreateFailed(Failure::Cancelled), Forget]),
+    ]);
+}
+
+#[test]
+fn a_guest_that_never_comes_up_fails_by_the_deadline() {
+    script(&[
+        (Event::Create, &[Make(Record)]),
+        (Event::Made(Record), &[Make(Network), Make(Disk)]),
+        (Event::Made(Network), &[]),
+        (Event::Made(Disk), &[Make(Machine)]),
+        (Event::Made(Machine), &[Make(Guest)]),
+        (Event::Deadline(broken()), &[Remove(Guest)]),
+        (Event::Removed(Guest), &[Remove(Machine)]),
+        (Event::Removed(Machine), &[Remove(Network), Remove(Disk)]),
+        (Event::Removed(Disk), &[]),
+        (Event::Removed(Network), &[Remove(Record)]),
+        (Event::Removed(Record), &[CreateFailed(broken()), Forget]),
+    ]);
+}
+
+#[test]
+fn a_deadline_after_the_answer_is_nothing() {
+    let life = after_up(&[(Event::Deadline(broken()), &[]), (Event::Cancel, &[])]);
+    assert_eq!(life.state(), CapsuleState::Running);
+}
+
+#[test]
+fn a_machine_that_ends_takes_the_rest_along_and_stays_known() {
+    let mut life = after_up(&[
+        (Event::MachineExited(Failure::MachineEnded("killed".into())), &[Remove(Guest)]),
+        (Event::Removed(Guest), &[Remove(Network), Remove(Disk)]),
+        (Event::Removed(Disk), &[]),
+        (Event::Removed(Network), &[Remove(Record)]),
+        (Event::Removed(Record), &[Ended]),
+    ]);
+    assert_eq!(life.state(), CapsuleState::Error);
+    assert_eq!(life.handle(Event::Destroy), [Destroyed, Forget]);
+}
+
+#[test]
+fn a_guest_that_powers_off_has_stopped() {
+    let life = after_up(&[
+        (Event::MachineExited(broken()), &[Remove(Guest)]),
+        (Event::Removed(Guest), &[Remove(Network), Remove(Disk)]),
+        (Event::Removed(Disk), &[]),
+        (Event::Removed(Network), &[Remove(Record)]),
+        (Event::Removed(Record), &[Ended]),
+    ]);
+    assert_eq!(life.state(), CapsuleState::Stopped);
+}
+
+#[test]
+fn a_lost_session_is_made_again() {
+    let life = after_up(&[(Event::GuestLost, &[Make(Guest)]), (Event::Made(Guest), &[])]);
+    assert_eq!(life.state(), CapsuleState::Running);
+}
+
+#[test]
+fn removal_is_tried_again_and_given_up_in_error() {
+    let mut life = after_up(&[
+        (Event::Destroy, &[Remove(Guest)]),
+        (Event::Removed(Guest), &[Remove(Machine)]),
+        (Event::Removed(Machine), &[Remove(Network), Remove(Disk)]),
+        (Event::Removed(Disk), &[]),
+    ]);
+    for attempt in 1..MAX_REMOVE_ATTEMPTS {
+        let failed = life.handle(Event::RemoveFailed(Network, broken()));
+        assert_eq!(failed, [RetryAfter(REMOVE_RETRY_MS << attempt)]);
+        assert_eq!(life.handle(Event::RetryDue), [Remove(Network)]);
+    }
+    assert_eq!(life.handle(Event::RemoveFailed(Network, broken())), [DestroyFailed(broken())]);
+    assert_eq!(life.state(), CapsuleState::Error);
+    // A person has it tried again.
+    assert_eq!(life.handle(Event::Destroy), [Remove(Network)]);
+    assert_eq!(life.handle(Event::Removed(Network)), [Remove(Record)]);
+    assert_eq!(life.handle(Event::Removed(Record)), [Destroyed, Forget]);
+}
+
+#[test]
+fn destroyed_before_it_was_made() {
+    let mut life = Lifecycle::new();
+    assert_eq!(life.handle(Event::Shutdown), [CreateFailed(Failure::ShuttingDown), Destroyed, Forget]);
+}
+
+/// A small generator, so that the run is the same every time.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % bound as u64) as usize
+    }
+}
+
+/// What the world does with the actions: parts come and go in any order, fail, and disturbances come
+/// at any time. Whatever happens, no part is made over another's absence or removed from under
+/// another, and once told to go the capsule goes with nothing left.
+#[test]
+fn every_interleaving_ends_with_nothing_left() {
+    for seed in 1..=20_000 {
+        let mut random = Random(u64::wrapping_mul(seed, 0x9e37_79b9_7f4a_7c15));
+        let mut life = Lifecycle::new();
+        let mut world = std::collections::BTreeSet::new();
+        let mut under_way: Vec<Action> = life.handle(Event::Create);
+        let mut answers = 0;
+        let mut forgotten = false;
+        for step in 0..400 {
+            if forgotten {
+                break;
+            }
+            let disturbance = match (step, random.below(40)) {
+                (200, _) => Some(Event::Destroy),
+                (_, 0) => Some(Event::Destroy),
+                (_, 1) => Some(Event::Cancel),
+                (_, 2) => Some(Event::Deadline(broken())),
+                (_, 3) if world.contains(&Guest) => Some(Event::GuestLost),
+                (_, 4) if world.contains(&Machine) => Some(Event::MachineExited(broken())),
+                _ => None,
+            };
+            let event = match disturbance {
+                Some(event) => event,
+                None if under_way.is_empty() => continue,
+                None => match under_way.swap_remove(random.below(under_way.len())) {
+                    Make(part) if random.below(12) == 0 => Event::MakeFailed(part, broken()),
+                    Make(part) => Event::Made(part),
+                    Remove(part) if random.below(12) == 0 && step < 200 => {
+                        Event::RemoveFailed(part, broken())
+                    }
+                    Remove(part) => Event::Removed(part),
+                    RetryAfter(_) => Event::RetryDue,
+                    other => panic!("{other:?} is not answered"),
+                },
+            };
+            match &event {
+                Event::Made(part) => {
+                    assert!(part.needs().iter().all(|p| world.contains(p)) || life.goal() == Goal::Down);
+                    world.insert(*part);
+                }
+                Event::Removed(part) => {
+                    world.remove(part);
+                    assert!(part.carries().iter().all(|p| !world.contains(p)), "seed {seed}: {part:?}");
+                }
+                Event::GuestLost => {
+                    world.remove(&Guest);
+                }
+                Event::MachineExited(_) => {
+                    world.remove(&Machine);
+                    under_way.retain(|a| *a != Remove(Machine));
+                }
+                _ => {}
+            }
+            for action in life.handle(event) {
+                match action {
+                    Make(_) | RetryAfter(_) => under_way.push(action),
+                    Remove(part) => {
+                        under_way.retain(|a| *a != Make(part));
+                        under_way.push(action);
+                    }
+                    Created | CreateFailed(_) => answers += 1,
+                    Forget => forgotten = true,
+                    Destroyed | DestroyFailed(_) | Ended => {}
+                }
+            }
+        }
+        assert!(forgotten, "seed {seed}: {life:?}, under way {under_way:?}");
+        assert!(world.is_empty(), "seed {seed}: {world:?} left");
+        assert!(answers <= 1, "seed {seed}: create answered {answers} times");
+    }
+}
