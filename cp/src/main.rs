@@ -51,7 +51,13 @@ fn main() -> ExitCode {
         }
     };
     let level = settings.get("LOG_LEVEL").unwrap_or("info");
-    env_logger::Builder::new().parse_filters(level).init();
+    let mut logger = env_logger::Builder::new();
+    logger.parse_filters(level);
+    // The driver's debug log has every statement's values, hashes of passwords and tokens among them.
+    for module in ["postgres", "tokio_postgres"] {
+        logger.filter_module(module, log::LevelFilter::Warn);
+    }
+    logger.init();
     let result = match command {
         Command::Migrate => migrate_database(&settings),
         Command::CreateUser(user) => create_user(&settings, &user),

@@ -19,6 +19,7 @@ pub mod login;
 pub mod me;
 pub mod principal;
 pub mod processes;
+pub mod streams;
 pub mod teams;
 pub mod templates;
 pub mod users;
@@ -31,7 +32,7 @@ use crate::http::handler::Route;
 
 /// Every route.
 pub fn routes() -> Vec<Route> {
-    vec![
+    let mut routes = vec![
         Route::new(Get, "/health", health::get),
         Route::new(Post, "/v1/auth/login", login::login),
         Route::new(Post, "/v1/auth/switch-team", login::switch_team),
@@ -75,5 +76,7 @@ pub fn routes() -> Vec<Route> {
         Route::new(Post, "/v1/capsules/{id}/files/mkdir", files::make_directory),
         Route::new(Post, "/v1/capsules/{id}/files/remove", files::remove),
         Route::new(Get, "/v1/snapshots", templates::list),
-    ]
+    ];
+    routes.extend(streams::routes());
+    routes
 }

@@ -6,7 +6,7 @@ pub mod error;
 pub mod relay;
 pub mod reply;
 pub mod sessions;
-
+pub mod translators;
 
 pub mod reconciler;
 pub mod scheduler;
