@@ -18,6 +18,7 @@ pub mod users;
 pub use error::{DbError, Stop};
 pub use timestamp::Timestamp;
 
+use crate::auth::random;
 use postgres::types::ToSql;
 use postgres::{Client, Config, NoTls, Row, Statement};
 use std::collections::HashMap;
@@ -36,6 +37,8 @@ pub const LOCK_TIMEOUT_MS: u32 = 5_000;
 pub const IDLE_TRANSACTION_TIMEOUT_MS: u32 = 10_000;
 /// How often work is run, all in all, when it meets lost connections or conflicts.
 pub const MAX_ATTEMPTS: u32 = 3;
+/// How long a transaction that met a conflict waits for the other one, times the number of the attempt.
+pub const CONFLICT_PAUSE: Duration = Duration::from_millis(10);
 
 /// What a statement's `$1`, `$2`, … stand for.
 pub type Parameters<'a> = &'a [&'a (dyn ToSql + Sync)];
@@ -222,6 +225,13 @@ impl Database {
             match self.attempt(&mut work) {
                 Err((Stop::Database(error), true)) if attempt < MAX_ATTEMPTS && error.may_retry() => {
                     log::debug!("transaction tried again: {error}");
+                    // Two that were in each other's way must not start over in step.
+                    if !error.is_connection_lost() {
+                        let [jitter] = random::bytes::<1>();
+                        std::thread::sleep(
+                            CONFLICT_PAUSE * attempt + Duration::from_micros(100) * u32::from(jitter),
+                        );
+                    }
                     attempt += 1;
                 }
                 Err((error, _)) => return Err(error),

@@ -1,0 +1,66 @@
+//! Teams and their members.
+
+use crate::stage::{ADMIN, Stage, error, json, text};
+use serde_json::json;
+use wrenn_cp::http::handler::Method::{Delete, Get, Patch, Post};
+
+#[test]
+fn members_come_act_by_their_role_and_go() {
+    let mut stage = Stage::new();
+    let owner = stage.person(ADMIN);
+    let member = stage.person("member@example.com");
+    let auth = ("authorization", owner.as_str());
+    let team = text(&json(&stage.request(Get, "/v1/teams", auth, ""))[0]["id"]);
+    let members = format!("/v1/teams/{team}/members");
+
+    let stranger = stage.request(Get, &members, ("authorization", &member), "");
+    assert_eq!(error(&stranger).0, 403);
+    let added = stage.request(Post, &members, auth, r#"{"email":"Member@example.com"}"#);
+    assert_eq!((added.status, &json(&added)["role"]), (201, &json!("member")));
+    let user_id = text(&json(&added)["user_id"]);
+    assert_eq!(stage.request(Post, &members, auth, r#"{"email":"member@example.com"}"#).status, 400);
+    assert_eq!(stage.request(Post, &members, auth, r#"{"email":"nobody@example.com"}"#).status, 404);
+
+    let switch = json!({"team_id": team}).to_string();
+    let switched = stage.request(Post, "/v1/auth/switch-team", ("authorization", &member), &switch);
+    assert_eq!(switched.status, 200);
+    let member = format!("Bearer {}", text(&json(&switched)["token"]));
+    let as_member = ("authorization", member.as_str());
+    assert_eq!(json(&stage.request(Get, &members, as_member, "")).as_array().map(Vec::len), Some(2));
+    let rename = format!("/v1/teams/{team}");
+    assert_eq!(stage.request(Patch, &rename, as_member, r#"{"name":"Mine"}"#).status, 403);
+
+    let one = format!("{members}/{user_id}");
+    assert_eq!(stage.request(Patch, &one, auth, r#"{"role":"owner"}"#).status, 400);
+    assert_eq!(stage.request(Patch, &one, auth, r#"{"role":"admin"}"#).status, 204);
+    assert_eq!(stage.request(Patch, &rename, as_member, r#"{"name":"Ours now"}"#).status, 204);
+    assert_eq!(stage.request(Patch, &rename, as_member, r#"{"name":"<b>"}"#).status, 400);
+    let owner_id = text(&json(&stage.request(Get, &members, auth, ""))[0]["user_id"]);
+    let the_owner = format!("{members}/{owner_id}");
+    assert_eq!(error(&stage.request(Delete, &the_owner, as_member, "")).0, 403);
+    let leave = format!("/v1/teams/{team}/leave");
+    assert_eq!(stage.request(Post, &leave, auth, "").status, 403, "the owner stays");
+    assert_eq!(stage.request(Post, &leave, as_member, "").status, 204);
+    assert_eq!(
+        stage.request(Get, &members, as_member, "").status,
+        401,
+        "the token is for a team that was left"
+    );
+}
+
+#[test]
+fn teams_are_made_and_people_found() {
+    let mut stage = Stage::new();
+    let bearer = stage.person(ADMIN);
+    let auth = ("authorization", bearer.as_str());
+    let made = stage.request(Post, "/v1/teams", auth, r#"{"name":"Second team"}"#);
+    assert_eq!((made.status, &json(&made)["role"]), (201, &json!("owner")));
+    assert_eq!(text(&json(&made)["slug"]).len(), 13);
+    assert_eq!(json(&stage.request(Get, "/v1/teams", auth, "")).as_array().map(Vec::len), Some(2));
+    stage.person("under_score@example.com");
+    let found = stage.request(Get, "/v1/users/search?email=under_score@", auth, "");
+    assert_eq!(json(&found)[0]["email"], "under_score@example.com");
+    let none = stage.request(Get, "/v1/users/search?email=underXscore@", auth, "");
+    assert_eq!(json(&none), json!([]), "an underscore is no wildcard");
+    assert_eq!(stage.request(Get, "/v1/users/search?email=adm", auth, "").status, 400);
+}
