@@ -25,19 +25,16 @@ prerequisites: ## install the Debian packages that are missing
 	@rootfs/install-prerequisites.sh
 
 .PHONY: build
-build: prerequisites ## the three programs, in builds/
+build: prerequisites $(VENDOR_CHECK) dist/vendored ## the programs, in builds/
 	@mkdir -p $(BUILDS)
-	$(RELEASE_ENV) $(CARGO) build --release --locked -j$(JOBS) -p wrenn-cp -p wrenn-agent
-	$(RELEASE_ENV) RUSTFLAGS="$(RELEASE_RUSTFLAGS) $(ENVD_RUSTFLAGS)" \
-		$(CARGO) build --release --locked -j$(JOBS) -p envd --features freestanding --target $(ENVD_TARGET)
-	@$(call install-binary,$(TARGET_DIR)/release/wrenn-cp)
-	@$(call install-binary,$(TARGET_DIR)/release/wrenn-agent)
-	@$(call install-binary,$(TARGET_DIR)/$(ENVD_TARGET)/release/envd)
+	$(call build-release,$(CARGO),--locked)
+	@$(foreach binary,$(RELEASE_BINARIES),$(call install-binary,$(binary));)
 	@if readelf -lW $(BUILDS)/envd | grep -q INTERP; then echo "builds/envd is not static" >&2; exit 1; fi
 
-# Replaced by rename, so that a program that runs is never written to, and only when it differs.
+# With its list of crates inside; replaced by rename, so that a program that runs is never written to,
+# and only when it differs.
 define install-binary
-cmp -s $(1) $(BUILDS)/$(notdir $(1)) || { cp $(1) $(BUILDS)/$(notdir $(1)).new && mv $(BUILDS)/$(notdir $(1)).new $(BUILDS)/$(notdir $(1)); }
+$(call embed-dependencies,$(1),$(BUILDS)/$(notdir $(1)).new) && if cmp -s $(BUILDS)/$(notdir $(1)).new $(BUILDS)/$(notdir $(1)); then rm $(BUILDS)/$(notdir $(1)).new; else mv $(BUILDS)/$(notdir $(1)).new $(BUILDS)/$(notdir $(1)); fi
 endef
 
 .PHONY: rootfs

@@ -9,3 +9,78 @@ RELEASE_RUSTFLAGS = --remap-path-prefix=$(CURDIR)=/wrenn \
 	--remap-path-prefix=$(CURDIR)/vendor=/crates \
 	$(foreach source,$(wildcard $(CARGO_HOME_DIR)/registry/src/*),--remap-path-prefix=$(source)=/crates)
 RELEASE_ENV = CARGO_INCREMENTAL=0 SOURCE_DATE_EPOCH=0 LC_ALL=C TZ=UTC RUSTFLAGS="$(RELEASE_RUSTFLAGS)"
+
+VENDOR_CHECK = $(TARGET_DIR)/release/vendor-check
+SHIPPED := wrenn-cp wrenn-agent envd vendor-check
+# A build from vendor/ alone: a Cargo home of its own, so that no cache can help, and no network.
+OFFLINE_HOME = $(abspath $(TARGET_DIR))/offline-home
+OFFLINE_CARGO = CARGO_HOME=$(OFFLINE_HOME) $(CARGO) --config vendor-check/offline.toml
+NO_NETWORK := unshare $(if $(filter 0,$(shell id -u)),,--map-root-user) --net
+# The time in SBOMs: that of the last commit, or the epoch where there is no repository.
+SBOM_TIME = $(or $(shell TZ=UTC git log -1 --date=format-local:%Y-%m-%dT%H:%M:%SZ --format=%cd 2>/dev/null),1970-01-01T00:00:00Z)
+
+# $(call build-release,CARGO,OPTIONS): each program by a command of its own, for built together each
+# would get the features that the others ask for.
+define build-release
+$(RELEASE_ENV) $(1) build --release $(2) -j$(JOBS) -p vendor-check
+$(RELEASE_ENV) $(1) build --release $(2) -j$(JOBS) -p wrenn-cp
+$(RELEASE_ENV) $(1) build --release $(2) -j$(JOBS) -p wrenn-agent
+$(RELEASE_ENV) RUSTFLAGS="$(RELEASE_RUSTFLAGS) $(ENVD_RUSTFLAGS)" \
+	$(1) build --release $(2) -j$(JOBS) -p envd --features freestanding --target $(ENVD_TARGET)
+endef
+RELEASE_BINARIES = $(addprefix $(TARGET_DIR)/release/,wrenn-cp wrenn-agent vendor-check) \
+	$(TARGET_DIR)/$(ENVD_TARGET)/release/envd
+
+# $(call embed-dependencies,BINARY,OUT): a copy of a program with its list of crates inside.
+embed-dependencies = $(VENDOR_CHECK) embed $(1) $(2) >/dev/null
+
+# From Cargo's cache, else from vendor/, else from the network.
+$(VENDOR_CHECK): $(wildcard vendor-check/src/*.rs vendor-check/src/*/*.rs) vendor-check/Cargo.toml
+	@$(RELEASE_ENV) $(CARGO) build --release --locked --offline -j$(JOBS) -p vendor-check 2>/dev/null \
+		|| { test -d vendor && $(RELEASE_ENV) $(OFFLINE_CARGO) build --release --frozen --offline -j$(JOBS) -p vendor-check; } \
+		|| $(RELEASE_ENV) $(CARGO) build --release --locked -j$(JOBS) -p vendor-check
+	@touch $@
+
+.PHONY: vendor
+vendor: $(VENDOR_CHECK) ## fetch the crates: archives to dist/crates/, sources to vendor/
+	$(CARGO) fetch --locked
+	$(VENDOR_CHECK) vendor --from $(CARGO_HOME_DIR)/registry/cache
+	@touch dist/vendored
+
+# Once for each Cargo.lock; what somebody changes in vendor/ afterwards stays, and is found.
+dist/vendored: Cargo.lock
+	@$(MAKE) --no-print-directory vendor
+
+.PHONY: build-offline
+build-offline: $(VENDOR_CHECK) dist/vendored ## build everything from vendor/ with the network off
+	@mkdir -p $(OFFLINE_HOME)
+	$(NO_NETWORK) $(MAKE) --no-print-directory build-offline-inside
+
+# The same bytes are audited and built: the check comes first, by the program that is here already.
+.PHONY: build-offline-inside
+build-offline-inside:
+	$(VENDOR_CHECK) verify --cargo-home $(OFFLINE_HOME)
+	$(call build-release,$(OFFLINE_CARGO),--frozen --offline)
+
+.PHONY: vendor-check
+vendor-check: $(VENDOR_CHECK) dist/vendored ## audit crates, policy, licences, advisories; and the programs in builds/
+	$(VENDOR_CHECK) check --cargo-home $(OFFLINE_HOME)
+	@for program in $(SHIPPED); do if test -e $(BUILDS)/$$program; then $(VENDOR_CHECK) binary $(BUILDS)/$$program || exit; fi; done
+
+.PHONY: sbom
+sbom: $(VENDOR_CHECK) dist/vendored ## bills of materials and NOTICE, in dist/
+	@mkdir -p dist/sbom
+	$(VENDOR_CHECK) sbom dist/sbom --binaries $(BUILDS) --created $(SBOM_TIME)
+	$(VENDOR_CHECK) notice dist/NOTICE
+
+.PHONY: reproducible
+reproducible: $(VENDOR_CHECK) dist/vendored ## build twice in two directories and compare the programs byte for byte
+	@CARGO='$(CARGO)' JOBS=$(JOBS) vendor-check/reproducible.sh
+
+# One of the two builds, in its own tree.
+.PHONY: reproducible-build
+reproducible-build:
+	@mkdir -p $(OFFLINE_HOME) $(BUILDS)
+	$(call build-release,$(OFFLINE_CARGO),--frozen --offline)
+	@for program in $(RELEASE_BINARIES); do \
+		$(VENDOR_CHECK) embed $$program $(BUILDS)/$${program##*/} || exit; done

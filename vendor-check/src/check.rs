@@ -101,24 +101,28 @@ impl Tree {
     /// # Errors
     /// A finding for a binary or target that is not known, or a lock that does not fit.
     pub fn graph(&self, binary: &str) -> Result<Graph> {
-        let known = self.policy.binaries().find(|(name, ..)| *name == binary);
-        let (_, package, triple) = known.ok_or_else(|| {
+        let known = self.policy.binaries().find(|(one, _)| one.name == binary);
+        let (shipped, package) = known.ok_or_else(|| {
             Finding::new(Class::Usage, binary, "policy.json does not know a shipped binary of this name")
         })?;
-        let target = Target::new(triple).ok_or_else(|| {
-            Finding::new(Class::PolicyMalformed, binary, format!("the target {triple} is not known"))
+        let target = Target::new(&shipped.target).ok_or_else(|| {
+            Finding::new(
+                Class::PolicyMalformed,
+                binary,
+                format!("the target {} is not known", shipped.target),
+            )
         })?;
-        self.resolve(package, Some(&target))
+        self.resolve(package, &shipped.features, Some(&target))
     }
 
-    fn resolve(&self, package: &str, target: Option<&Target>) -> Result<Graph> {
+    fn resolve(&self, package: &str, features: &BTreeSet<String>, target: Option<&Target>) -> Result<Graph> {
         let member = self.workspace.members.get(package);
         let root = member.ok_or_else(|| {
             Finding::new(Class::UnknownMember, package, "the workspace does not have this package")
         })?;
         let inputs =
             Inputs { lock: &self.lock, manifests: &self.manifests, with_build_rs: &self.with_build_rs };
-        resolve::resolve(&root.id, target, &inputs)
+        resolve::resolve(&root.id, features, target, &inputs)
     }
 
     /// The inventory of every crate.
@@ -157,8 +161,8 @@ impl Tree {
     /// A finding where a binary cannot be resolved.
     pub fn notice(&self, licences: &BTreeMap<CrateId, Licence>) -> Result<String> {
         let mut crates = BTreeSet::new();
-        for (binary, ..) in self.policy.binaries() {
-            crates.extend(self.graph(binary)?.nodes.into_keys().map(|(id, _)| id));
+        for (binary, _) in self.policy.binaries() {
+            crates.extend(self.graph(&binary.name)?.nodes.into_keys().map(|(id, _)| id));
         }
         let mut text = String::from("Wrenn\nLicence: Apache-2.0 (the file LICENSE)\n\n");
         text.push_str("The programs are compiled from these crates besides; their licences follow.\n");
@@ -195,7 +199,7 @@ pub fn count_all(
 ) -> Result<BTreeMap<String, BTreeMap<String, u64>>> {
     tree.policy
         .binaries()
-        .map(|(binary, ..)| Ok((binary.to_owned(), count(&tree.graph(binary)?, inventory))))
+        .map(|(binary, _)| Ok((binary.name.clone(), count(&tree.graph(&binary.name)?, inventory))))
         .collect()
 }
 
@@ -258,15 +262,17 @@ fn check_advisories(places: &Places, tree: &Tree, today: Date, report: &mut Repo
 
 /// Sorts the crates of the lock by what they are there for.
 fn classify(tree: &Tree, report: &mut Report) {
-    let shipped_members =
-        tree.policy.members.iter().filter(|(_, member)| member.shipped).map(|(name, _)| name);
+    let shipped_members = tree.policy.members.iter().filter(|(_, member)| member.shipped);
     let (mut compiled, mut any_platform) = (BTreeSet::new(), BTreeSet::new());
     for (binary, ..) in tree.policy.binaries() {
-        compiled
-            .extend(report.take(tree.graph(binary)).into_iter().flat_map(|graph| graph.nodes.into_keys()));
+        compiled.extend(
+            report.take(tree.graph(&binary.name)).into_iter().flat_map(|graph| graph.nodes.into_keys()),
+        );
     }
-    for package in shipped_members {
-        let graph = report.take(tree.resolve(package, None));
+    for (package, member) in shipped_members {
+        let nothing = BTreeSet::new();
+        let features = member.binary.as_ref().map_or(&nothing, |binary| &binary.features);
+        let graph = report.take(tree.resolve(package, features, None));
         any_platform.extend(graph.into_iter().flat_map(|graph| graph.nodes.into_keys()));
     }
     let names = |set: &BTreeSet<(CrateId, resolve::Side)>| -> BTreeSet<CrateId> {

@@ -249,7 +249,8 @@ fn sbom(arguments: &Arguments, places: &Places, report: &mut Report) -> Result<(
     let Some(tree) = tree(places, report) else { return Ok(()) };
     let licences = tree.licences(report);
     std::fs::create_dir_all(&directory).map_err(|error| files::io_error("make it", &directory, &error))?;
-    for (binary, package, _) in tree.policy.binaries() {
+    for (binary, package) in tree.policy.binaries() {
+        let binary = binary.name.as_str();
         let graph = tree.graph(binary)?;
         let file = arguments.optional("binaries").map(|directory| directory.join(binary));
         let hash = match file.filter(|file| file.exists()) {

@@ -28,13 +28,24 @@ pub struct Features {
     pub named: BTreeSet<String>,
 }
 
+/// A shipped binary.
+#[derive(Clone, Debug)]
+pub struct Binary {
+    /// Its file name.
+    pub name: String,
+    /// The target that it is built for.
+    pub target: String,
+    /// The features of its package that it is built with, besides the default ones.
+    pub features: BTreeSet<String>,
+}
+
 /// What the policy says of a workspace member.
 #[derive(Clone, Debug)]
 pub struct Member {
     /// Whether it is in a release; what is not may use development crates.
     pub shipped: bool,
-    /// The binary that it makes, if that is shipped, and the target that it is built for.
-    pub binary: Option<(String, String)>,
+    /// The binary that it makes, if that is shipped.
+    pub binary: Option<Binary>,
     /// Its direct dependencies and their features (only for what is shipped).
     pub dependencies: BTreeMap<String, Features>,
 }
@@ -151,12 +162,9 @@ impl Policy {
         Ok(policy)
     }
 
-    /// The shipped binaries: name, package and target.
-    pub fn binaries(&self) -> impl Iterator<Item = (&str, &str, &str)> {
-        self.members.iter().filter_map(|(package, member)| {
-            let (binary, target) = member.binary.as_ref()?;
-            Some((binary.as_str(), package.as_str(), target.as_str()))
-        })
+    /// The shipped binaries, each with its package.
+    pub fn binaries(&self) -> impl Iterator<Item = (&Binary, &str)> {
+        self.members.iter().filter_map(|(package, member)| Some((member.binary.as_ref()?, package.as_str())))
     }
 
     /// Holds the members' manifests to the policy.
@@ -282,7 +290,11 @@ fn pinned(mut object: Object<'_>) -> Result<PinnedFile> {
 
 fn member(mut object: Object<'_>) -> Result<Member> {
     let binary = match object.optional_text("binary")? {
-        Some(binary) => Some((binary, object.text("target")?)),
+        Some(name) => Some(Binary {
+            name,
+            target: object.text("target")?,
+            features: object.texts("features")?.into_iter().collect(),
+        }),
         None => None,
     };
     let member = Member {

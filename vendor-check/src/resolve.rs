@@ -72,16 +72,20 @@ pub struct Inputs<'a> {
     pub with_build_rs: &'a BTreeSet<CrateId>,
 }
 
-/// Resolves what is compiled for `root` on `target`. Without a target, every platform's crates.
+/// Resolves what is compiled for `root` with its default and these features on `target`. Without a target, every platform's crates.
 ///
 /// # Errors
 /// A finding where lock and manifests do not fit.
-pub fn resolve(root: &CrateId, target: Option<&Target>, inputs: &Inputs<'_>) -> Result<Graph> {
+pub fn resolve(
+    root: &CrateId,
+    features: &BTreeSet<String>,
+    target: Option<&Target>,
+    inputs: &Inputs<'_>,
+) -> Result<Graph> {
     let mut graph = Graph { root: root.clone(), nodes: BTreeMap::new() };
-    graph.nodes.insert(
-        (root.clone(), Side::Program),
-        Node { features: ["default".to_owned()].into(), ..Node::default() },
-    );
+    let mut features = features.clone();
+    features.insert("default".to_owned());
+    graph.nodes.insert((root.clone(), Side::Program), Node { features, ..Node::default() });
     for _ in 0..MAX_ROUNDS {
         let before: usize =
             graph.nodes.values().map(|node| 1 + node.features.len() + node.dependencies.len()).sum();

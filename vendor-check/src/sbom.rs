@@ -154,7 +154,7 @@ impl Material<'_> {
             .collect();
         let relation = |from: &str, kind: &str, to: &str| json!({ "spdxElementId": from, "relationshipType": kind, "relatedSpdxElement": to });
         let mut relations = vec![relation("SPDXRef-DOCUMENT", "DESCRIBES", &Self::spdx_id(&self.graph.root))];
-        for (id, _) in &crates {
+        for id in crates.keys() {
             for dependency in self.graph.dependencies(id) {
                 let build_only = crates.get(dependency).copied().unwrap_or(false);
                 if build_only {
