@@ -7,7 +7,7 @@ use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use wire::auth::{NONCE_LEN, Verifier};
 use wire::message::{Code, Error, Message};
-use wire::session::{Event, Limits, Session, StreamId};
+use wire::session::{Event, Limits, SendError, Session, StreamId};
 
 /// Connections that may be open at once, proven or not.
 pub const MAX_CONNECTIONS: usize = 16;
@@ -41,6 +41,8 @@ pub enum Task {
     Owner(ProcessKey),
     /// It watches this process.
     Watcher(ProcessKey),
+    /// It lists, removes, reads or writes files.
+    File,
 }
 
 struct Connection {
@@ -231,6 +233,12 @@ impl Connections {
                 "too many messages are unread on the stream",
             );
         }
+    }
+
+    /// Sends a message unless too many wait on the stream. Whether it was taken, or the stream is gone.
+    pub fn try_send<M: Message>(&mut self, key: StreamKey, message: &M) -> bool {
+        let Some(c) = self.all.get_mut(&key.connection) else { return true };
+        c.session.send(key.stream, message) != Err(SendError::QueueFull)
     }
 
     /// Sends the last message of a stream.

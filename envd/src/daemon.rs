@@ -1,6 +1,7 @@
 //! The daemon: one epoll loop that owns everything and hands each event to whom it concerns.
 
 use crate::connection::{ConnectionId, Connections, Gate, Turn};
+use crate::files::Files;
 use crate::guest;
 use crate::identity::{self, Identity};
 use crate::log::log;
@@ -29,6 +30,7 @@ pub struct Daemon {
     pub(crate) epoll: Epoll,
     pub(crate) connections: Connections,
     pub(crate) supervisor: Supervisor,
+    pub(crate) files: Files,
     pub(crate) defaults: Defaults,
     pub(crate) started_ms: u64,
     pub(crate) now_ms: u64,
@@ -61,6 +63,7 @@ impl Daemon {
         during(fd::sanitize_inherited(), "open the standard streams")?;
         let signals = during(signal::block_all(), "block signals")?;
         fd::raise_limit();
+        fd::clear_umask();
         boot::set_oom_score(b"-900");
         let epoll = during(Epoll::new(), "make an epoll instance")?;
         let listener = socket::listen(listen)
@@ -83,6 +86,7 @@ impl Daemon {
             epoll,
             connections: Connections::default(),
             supervisor: Supervisor::default(),
+            files: Files::default(),
             defaults: Defaults { is_root: credentials::effective_uid() == 0, ..Defaults::default() },
             started_ms: now_ms,
             now_ms,
@@ -228,11 +232,18 @@ impl Daemon {
         self.connections.gate_moved(&self.gate);
     }
 
-    /// Handles every connection's events and writes what there is to write.
+    /// Handles every connection's events, lets jobs on files make a step, and writes what there is to
+    /// write.
     fn serve_connections(&mut self) {
         self.busy = false;
         for id in self.connections.ids() {
             self.serve(id);
+        }
+        if self.files.has_jobs() {
+            self.busy |= self.files.work(&mut self.connections, &mut self.scratch);
+            for id in self.connections.ids() {
+                self.serve(id);
+            }
         }
     }
 
@@ -268,7 +279,7 @@ impl Daemon {
 
     fn drop_connection(&mut self, id: ConnectionId) {
         for (key, task) in self.connections.remove(id) {
-            self.with_supervisor(|s, shell| s.on_stream_gone(key, task, shell));
+            self.on_stream_gone(key, task);
         }
     }
 }

@@ -12,6 +12,7 @@
 //! | [`service`] | messages become work |
 //! | [`process`] | processes and terminals |
 //! | [`guest`] | time, randomness and defaults from the agent |
+//! | [`files`] | files on behalf of a user |
 //! | [`identity`] | who the capsule is and who may talk to it |
 //! | [`cmdline`], [`json`], [`metadata`], [`options`], [`token`], [`users`] | pure parsers and tables |
 //! | [`sys`] | the kernel's interface, all of the crate's `unsafe` |
@@ -26,6 +27,7 @@ pub mod cmdline;
 pub mod connection;
 pub mod daemon;
 pub mod entry;
+pub mod files;
 pub mod guest;
 pub mod identity;
 pub mod init;

@@ -9,8 +9,9 @@ use crate::process::table::Piece;
 use alloc::format;
 use alloc::string::ToString;
 use wire::message::{
-    Code, Done, Error, GuestInit, Health, HealthReply, Message, ProcessAttach, ProcessEndInput, ProcessList,
-    ProcessSignal, ProcessStart, TerminalResize,
+    Code, Done, Error, FileList, FileMakeDirectory, FileMove, FileRead, FileRemove, FileStat, FileWrite,
+    GuestInit, Health, HealthReply, Message, ProcessAttach, ProcessEndInput, ProcessList, ProcessSignal,
+    ProcessStart, TerminalResize,
 };
 use wire::session::{Event, SessionError};
 
@@ -37,21 +38,31 @@ impl Daemon {
                         let piece = Piece { from: key, cost, bytes };
                         self.with_supervisor(|s, shell| s.on_input(id, piece, shell));
                     }
+                    Some(Task::File) => {
+                        self.files.on_data(key, &bytes, &mut self.connections);
+                        self.connections.release(key, cost);
+                    }
                     // It crossed the end of what it was for.
                     None => self.connections.release(key, cost),
                 }
             }
-            Event::Finished { stream } => {
-                if let Some(Task::Owner(id)) = self.connections.task(key(stream)) {
-                    self.with_supervisor(|s, shell| s.on_finished(id, shell));
+            Event::Finished { stream } => match self.connections.task(key(stream)) {
+                Some(Task::Owner(id)) => self.with_supervisor(|s, shell| s.on_finished(id, shell)),
+                Some(Task::File) => self.files.on_finished(key(stream), &mut self.connections),
+                _ => {}
+            },
+            Event::Reset { stream, .. } => {
+                if let Some(task) = self.connections.end_task(key(stream)) {
+                    self.on_stream_gone(key(stream), task);
                 }
             }
-            Event::Reset { stream, .. } => self.stream_gone(key(stream)),
-            Event::Writable { stream } => {
-                if let Some(Task::Owner(id) | Task::Watcher(id)) = self.connections.task(key(stream)) {
+            Event::Writable { stream } => match self.connections.task(key(stream)) {
+                Some(Task::Owner(id) | Task::Watcher(id)) => {
                     self.with_supervisor(|s, shell| s.on_writable(id, shell));
                 }
-            }
+                Some(Task::File) => self.files.on_writable(key(stream)),
+                None => {}
+            },
             Event::GoingAway { .. } => {}
             Event::Closed { error } => {
                 if matches!(error, SessionError::Auth(_) | SessionError::Integrity) {
@@ -61,9 +72,13 @@ impl Daemon {
         }
     }
 
-    fn stream_gone(&mut self, key: StreamKey) {
-        if let Some(task) = self.connections.end_task(key) {
-            self.with_supervisor(|s, shell| s.on_stream_gone(key, task, shell));
+    /// What a stream was for ends with it.
+    pub(crate) fn on_stream_gone(&mut self, key: StreamKey, task: Task) {
+        match task {
+            Task::Owner(_) | Task::Watcher(_) => {
+                self.with_supervisor(|s, shell| s.on_stream_gone(key, task, shell));
+            }
+            Task::File => self.files.on_stream_gone(key),
         }
     }
 
@@ -108,6 +123,30 @@ impl Daemon {
             ProcessAttach::KIND => {
                 let attach = decode::<ProcessAttach>(body)?;
                 self.with_supervisor(|s, shell| s.attach(key, &attach.selector, attach.from_byte, shell))?;
+            }
+            FileStat::KIND => {
+                let entry = self.files.stat(&decode(body)?, &self.defaults)?;
+                self.connections.send_last(key, &entry);
+            }
+            FileMakeDirectory::KIND => {
+                let entry = self.files.make_directory(&decode(body)?, &self.defaults)?;
+                self.connections.send_last(key, &entry);
+            }
+            FileMove::KIND => {
+                let entry = self.files.rename(&decode(body)?, &self.defaults)?;
+                self.connections.send_last(key, &entry);
+            }
+            FileList::KIND => {
+                self.files.list(key, &decode(body)?, &self.defaults, &mut self.connections)?;
+            }
+            FileRemove::KIND => {
+                self.files.remove(key, &decode(body)?, &self.defaults, &mut self.connections)?;
+            }
+            FileRead::KIND => {
+                self.files.read(key, &decode(body)?, &self.defaults, &mut self.connections)?;
+            }
+            FileWrite::KIND => {
+                self.files.write(key, &decode(body)?, &self.defaults, &mut self.connections)?;
             }
             _ => {
                 return Err(Error::new(

@@ -359,7 +359,7 @@ impl Supervisor {
 
     /// A stream is gone.
     pub fn on_stream_gone(&mut self, key: StreamKey, task: Task, shell: &mut Shell<'_>) {
-        let (Task::Owner(id) | Task::Watcher(id)) = task;
+        let (Task::Owner(id) | Task::Watcher(id)) = task else { return };
         let Some(process) = self.processes.get_mut(&id) else { return };
         process.watchers.retain(|w| w.key != key);
         if process.owner == Some(key) {

@@ -105,6 +105,12 @@ pub fn sanitize_inherited() -> Result<(), Errno> {
     Ok(())
 }
 
+/// Makes new files have exactly the permissions that envd asks for; its children get the usual mask.
+pub fn clear_umask() {
+    // SAFETY: integer argument; it cannot fail.
+    let _ = unsafe { syscall!(libc::SYS_umask, 0) };
+}
+
 /// Descriptors that envd itself may have.
 const OWN_LIMIT: u64 = 65_536;
 
