@@ -5,7 +5,7 @@
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, chown};
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdin, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -26,7 +26,8 @@ rm -rf "$directory"
 
 struct Server {
     directory: PathBuf,
-    _keeper: ChildStdin,
+    /// Ends with the pipe to it.
+    _keeper: Child,
 }
 
 fn binaries() -> PathBuf {
@@ -86,8 +87,7 @@ fn start() -> Server {
     keeper.arg("-D").arg(&data).arg("-k").arg(&directory);
     keeper.args(["-c", "listen_addresses=", "-c", "fsync=off", "-c", "max_connections=200"]);
     keeper.current_dir("/").stdin(Stdio::piped());
-    let mut child = keeper.spawn().expect("start PostgreSQL");
-    let keeper = child.stdin.take().expect("a pipe");
+    let keeper = keeper.spawn().expect("start PostgreSQL");
     let deadline = Instant::now() + START_LIMIT;
     let is_ready = || {
         let pid = fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
