@@ -16,6 +16,8 @@ pub struct CommandLine {
     pub root_writable: bool,
     /// The network, when `ip=` is given and is well-formed.
     pub network: Option<Network>,
+    /// `wrenn.announce`: init says on the console that it has started, for measuring the boot.
+    pub announce: bool,
     /// An `ip=` that is not well-formed, for the complaint.
     pub bad_network: Option<String>,
 }
@@ -52,6 +54,7 @@ pub fn parse(line: &str) -> CommandLine {
                 parsed.bad_network = parsed.network.is_none().then(|| value.to_string());
             }
             None if word == "rw" => parsed.root_writable = true,
+            None if word == "wrenn.announce" => parsed.announce = true,
             None if word == "ro" => parsed.root_writable = false,
             // What follows is for init itself, which takes nothing.
             None if word == "--" => break,

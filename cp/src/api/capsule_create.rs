@@ -29,6 +29,8 @@ const MIN_ATTEMPT_MS: u64 = 5_000;
 const MAX_ATTEMPTS: usize = 3;
 /// The most labels.
 const MAX_LABELS: usize = 20;
+/// The size of a root disk when none is asked for, in MiB. It takes on the host what is written to it.
+const DEFAULT_DISK_MB: i32 = 10_240;
 /// The longest label value, in characters.
 const MAX_LABEL: usize = 256;
 
@@ -39,6 +41,8 @@ struct Order {
     vcpus: i32,
     memory_mb: i32,
     timeout_sec: i32,
+    disk_size_mb: i32,
+    allow_internet: bool,
     labels: Value,
 }
 
@@ -74,6 +78,11 @@ impl Order {
             vcpus: fields.integer("vcpus", 1..=64)?.unwrap_or(1),
             memory_mb: fields.integer("memory_mb", 128..=1_048_576)?.unwrap_or(512),
             timeout_sec: fields.integer("timeout_sec", 0..=31_536_000)?.unwrap_or(0),
+            disk_size_mb: fields.integer("disk_size_mb", 256..=16_777_216)?.unwrap_or(DEFAULT_DISK_MB),
+            allow_internet: match fields.object("network")? {
+                Some(network) => network.boolean("allow_internet")?,
+                None => false,
+            },
             labels: Value::Object(labels),
         })
     }
@@ -190,10 +199,10 @@ impl Making {
             template: self.order.template.clone(),
             vcpus: self.order.vcpus.unsigned_abs(),
             memory_mb: self.order.memory_mb.unsigned_abs(),
-            disk_size_mb: 0,
+            disk_size_mb: self.order.disk_size_mb.unsigned_abs(),
             timeout_sec: self.order.timeout_sec.unsigned_abs(),
             deadline_ms: u32::try_from(left_ms - ANSWER_MS).unwrap_or(u32::MAX),
-            allow_internet: true,
+            allow_internet: self.order.allow_internet,
             environment: Vec::new(),
         };
         HostCall::new(&place.host_id, &place.address, &message, left_ms).until::<CapsuleInfo>().then(

@@ -51,6 +51,18 @@ impl Fields {
         self.0.get(name).filter(|value| !value.is_null())
     }
 
+    /// An object, if it is there.
+    ///
+    /// # Errors
+    /// 400 when it is something else.
+    pub fn object(&self, name: &str) -> Result<Option<Fields>, Response> {
+        match self.get(name) {
+            None => Ok(None),
+            Some(Value::Object(fields)) => Ok(Some(Fields(fields.clone()))),
+            Some(other) => Err(invalid(&format!("{name} must be an object, not {}", shown(other)))),
+        }
+    }
+
     /// A text, if it is there. NUL characters are refused: neither paths nor the database can hold them.
     ///
     /// # Errors

@@ -7,6 +7,7 @@
 //! A step without which the guest is of no use ends the machine with one line on the console, so that the
 //! host learns of it at once. Other failures are told and passed over.
 
+mod disk;
 mod initramfs;
 mod network;
 mod system;
@@ -87,12 +88,16 @@ fn start() -> Result<core::convert::Infallible, BootError> {
     system::mount_kernel_interfaces()?;
     let line = file::read_file(c"/proc/cmdline", MAX_COMMAND_LINE).during("read /proc/cmdline")?;
     let line = cmdline::parse(&String::from_utf8_lossy(&line));
+    if line.announce {
+        say("started");
+    }
     if initramfs::is_here() {
         initramfs::leave(&line)?;
     }
     system::prepare();
     complain(network::configure(&line));
     complain(system::start_time_service());
+    complain(disk::grow_root(&line));
     let argv: Vec<CString> = [TINI, c"--", ENVD].iter().map(|s| (*s).into()).collect();
     let environment: Vec<CString> =
         [c"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", c"HOME=/root", c"TERM=linux"]

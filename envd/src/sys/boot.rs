@@ -62,6 +62,38 @@ pub fn process_id() -> u32 {
     unsafe { syscall!(libc::SYS_getpid) }.map_or(0, |pid| pid as u32)
 }
 
+/// Runs something in a process of its own, a copy of this one, which then ends.
+pub fn in_child(work: impl FnOnce()) -> Result<(), Errno> {
+    // SAFETY: fork without a new stack: the child runs on a copy of this one. This process has one thread,
+    // so the copy is whole.
+    let pid = unsafe { syscall!(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) }?;
+    if pid == 0 {
+        work();
+        exit(0);
+    }
+    Ok(())
+}
+
+/// `BLKGETSIZE64`, linux/fs.h: `_IOR(0x12, 114, size_t)`.
+const BLKGETSIZE64: u64 = 0x8008_1272;
+/// `EXT4_IOC_RESIZE_FS`, uapi/linux/ext4.h: `_IOW('f', 16, __u64)`.
+const EXT4_IOC_RESIZE_FS: u64 = 0x4008_6610;
+
+/// Size of a block device, in bytes.
+pub fn device_bytes(device: &Fd) -> Result<u64, Errno> {
+    let mut bytes = 0u64;
+    // SAFETY: the kernel writes a u64 to a u64.
+    unsafe { syscall!(libc::SYS_ioctl, device.raw(), BLKGETSIZE64, &raw mut bytes) }?;
+    Ok(bytes)
+}
+
+/// Grows the mounted ext4 file system of an open file to so many of its blocks.
+pub fn resize_ext4(inside: &Fd, blocks: u64) -> Result<(), Errno> {
+    // SAFETY: the kernel reads a u64 from a u64.
+    unsafe { syscall!(libc::SYS_ioctl, inside.raw(), EXT4_IOC_RESIZE_FS, &raw const blocks) }?;
+    Ok(())
+}
+
 /// Ends this process.
 pub fn exit(status: i32) -> ! {
     loop {

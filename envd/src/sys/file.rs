@@ -231,3 +231,14 @@ mod tests {
         std::fs::remove_dir_all(&directory).expect("clean up");
     }
 }
+
+/// Size of the file system of an open file, in blocks of `block_bytes`, statfs(2). What the file system
+/// keeps for itself does not count, so it is a little less than its disk's.
+pub fn total_blocks(fd: &Fd, block_bytes: u64) -> Result<u64, Errno> {
+    let mut stat = core::mem::MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: the kernel writes the struct.
+    unsafe { syscall!(libc::SYS_fstatfs, fd.raw(), stat.as_mut_ptr()) }?;
+    // SAFETY: all zeros is a valid statfs, and the kernel has filled it.
+    let stat = unsafe { stat.assume_init() };
+    Ok((stat.f_blocks as u64).saturating_mul(stat.f_bsize as u64) / block_bytes)
+}

@@ -55,8 +55,8 @@ fn a_guest_that_never_comes_up_is_undone(context: &mut Context) -> Result<Outcom
     Ok(Outcome::Passed)
 }
 
-fn qemu_of(context: &Context, id: &str) -> Result<i32> {
-    let _ = id;
+/// The process of the one VM that the agent has.
+fn vmm_of(context: &Context) -> Result<i32> {
     let (_, agent) = context.stack.pids();
     let agent = agent.ok_or("no agent runs")?;
     for entry in std::fs::read_dir("/proc").context("/proc")?.flatten() {
@@ -77,7 +77,7 @@ fn a_vmm_that_dies_is_noticed(context: &mut Context) -> Result<Outcome> {
     }
     let before = take_stock();
     let id = context.create(&json!({"memory_mb": 256}))?;
-    let pid = qemu_of(context, &id)?;
+    let pid = vmm_of(context)?;
     // SAFETY: kill(2) takes two numbers; the process is the agent's child, found above.
     unsafe { libc::kill(pid, libc::SIGKILL) };
     let path = format!("/v1/capsules/{id}");

@@ -79,7 +79,12 @@ fn machine(arguments: &mut Arguments, inputs: &Inputs<'_>) {
             arguments.add("-cpu", "Nehalem");
         }
     }
-    arguments.add("-smp", format!("cpus={0},sockets=1,cores={0},threads=1", inputs.vcpus));
+    // Without ACPI the guest learns of its processors from the BIOS's MP table, which has one a socket.
+    let (sockets, cores) = match inputs.accelerator {
+        Accelerator::Kvm { .. } => (1, inputs.vcpus),
+        Accelerator::Tcg { .. } => (inputs.vcpus, 1),
+    };
+    arguments.add("-smp", format!("cpus={},sockets={sockets},cores={cores},threads=1", inputs.vcpus));
     arguments.add("-m", format!("{}M", inputs.memory_mb));
     // Shared, so that a snapshot can take the guest's memory as it lies there.
     arguments.add(
