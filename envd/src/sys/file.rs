@@ -240,5 +240,5 @@ pub fn total_blocks(fd: &Fd, block_bytes: u64) -> Result<u64, Errno> {
     unsafe { syscall!(libc::SYS_fstatfs, fd.raw(), stat.as_mut_ptr()) }?;
     // SAFETY: all zeros is a valid statfs, and the kernel has filled it.
     let stat = unsafe { stat.assume_init() };
-    Ok((stat.f_blocks as u64).saturating_mul(stat.f_bsize as u64) / block_bytes)
+    Ok(stat.f_blocks.saturating_mul(stat.f_bsize as u64) / block_bytes)
 }
