@@ -15,6 +15,8 @@ use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 /// The longest template name, in bytes.
 pub const MAX_TEMPLATE_NAME: usize = 64;
@@ -22,6 +24,11 @@ pub const MAX_TEMPLATE_NAME: usize = 64;
 pub const MAX_CAPSULE_ID: usize = 63;
 /// The most templates that are listed.
 pub const MAX_TEMPLATES: usize = 1024;
+
+/// The lock of an agent that was killed while it started a program lives until that program's exec: a
+/// second is more than enough.
+const LOCK_RETRY: Duration = Duration::from_millis(20);
+const LOCK_ATTEMPTS: u32 = 50;
 
 /// Why the data directory cannot be used.
 #[derive(Debug)]
@@ -52,8 +59,6 @@ pub enum LayoutError {
     NoTemplate {
         /// Its name.
         name: String,
-        /// Where its image should be.
-        image: PathBuf,
     },
     /// A capsule's id is not one.
     BadCapsuleId(String),
@@ -86,9 +91,8 @@ impl fmt::Display for LayoutError {
                  first a letter or digit",
                 name.chars().take(80).collect::<String>()
             ),
-            LayoutError::NoTemplate { name, image } => {
-                write!(f, "this host has no template {name:?} ({} is not there)", image.display())
-            }
+            // Goes to whoever asked for it: where the host keeps templates is not their business.
+            LayoutError::NoTemplate { name } => write!(f, "this host has no template {name:?}"),
             LayoutError::BadCapsuleId(id) => write!(
                 f,
                 "{:?} is no capsule id: 1 to {MAX_CAPSULE_ID} of the characters a-z 0-9 -, a letter or digit \
@@ -154,11 +158,14 @@ impl Layout {
         let file = File::options().create(true).truncate(false).write(true).open(&path);
         let file = file.map_err(|e| io("open the lock file", e))?;
         file.set_permissions(fs::Permissions::from_mode(0o600)).map_err(|e| io("protect", e))?;
-        match file.try_lock() {
-            Ok(()) => Ok(Lock { _file: file }),
-            Err(TryLockError::WouldBlock) => Err(LayoutError::InUse(self.root.clone())),
-            Err(TryLockError::Error(e)) => Err(io("lock", e)),
+        for _ in 0..LOCK_ATTEMPTS {
+            match file.try_lock() {
+                Ok(()) => return Ok(Lock { _file: file }),
+                Err(TryLockError::WouldBlock) => thread::sleep(LOCK_RETRY),
+                Err(TryLockError::Error(e)) => return Err(io("lock", e)),
+            }
         }
+        Err(LayoutError::InUse(self.root.clone()))
     }
 
     /// The data directory itself.
@@ -207,9 +214,9 @@ impl Layout {
         let image = self.images().join(name).join("rootfs.ext4");
         match fs::metadata(&image) {
             Ok(m) if m.is_file() && m.size() > 0 => Ok(image),
-            Ok(_) => Err(LayoutError::NoTemplate { name: name.to_string(), image }),
+            Ok(_) => Err(LayoutError::NoTemplate { name: name.to_string() }),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                Err(LayoutError::NoTemplate { name: name.to_string(), image })
+                Err(LayoutError::NoTemplate { name: name.to_string() })
             }
             Err(source) => Err(LayoutError::Io { step: "look at the template", path: image, source }),
         }
