@@ -262,7 +262,8 @@ impl Hosts {
 
     fn dial(&mut self, token: Token, now_ms: u64) -> Result<(), String> {
         let Some(host) = self.hosts.get_mut(&token) else { return Ok(()) };
-        let address: SocketAddr = host.address.parse().map_err(|_| "its address is not IP:PORT".to_string())?;
+        let address: SocketAddr =
+            host.address.parse().map_err(|_| "its address is not IP:PORT".to_string())?;
         let mut stream = TcpStream::connect(address).map_err(|e| reason_of(&e))?;
         self.registry
             .register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)
@@ -366,18 +367,26 @@ impl Hosts {
             // Agents open no streams to a control plane.
             Event::Opened { stream, .. } => {
                 if let Some(link) = &mut host.link {
-                    link.session.reset(stream, Code::Unimplemented, "the control plane serves no requests here");
+                    link.session.reset(
+                        stream,
+                        Code::Unimplemented,
+                        "the control plane serves no requests here",
+                    );
                 }
             }
             Event::GoingAway { reason, .. } => log::info!("host {}: going away: {reason}", host.host_id),
             // The client side never gets it.
             Event::Authenticate { .. } => {}
             Event::Closed { error } => {
-                let reason = match error {
-                    SessionError::Auth(error) => {
-                        format!("it does not accept this control plane's credential ({error}); register it anew")
-                    }
-                    error => error.to_string(),
+                let is_refused = match &error {
+                    SessionError::Auth(_) => true,
+                    SessionError::ByPeer(code, _) => Code::from_number(*code) == Code::Unauthenticated,
+                    _ => false,
+                };
+                let reason = if is_refused {
+                    format!("it does not accept this control plane's credential ({error}); register it anew")
+                } else {
+                    error.to_string()
                 };
                 self.session_ended(token, &reason, now_ms);
             }
@@ -703,7 +712,8 @@ fn send_error(error: SendError) -> HostError {
     match error {
         SendError::TooLong => HostError::Remote(Error::new(Code::InvalidRequest, "the request is too long")),
         SendError::QueueFull => HostError::Busy,
-        SendError::NoStream => HostError::BadReply("the stream ended before the request was sent".to_string()),
+        SendError::NoStream => {
+            HostError::BadReply("the stream ended before the request was sent".to_string())
+        }
     }
 }
-

@@ -474,10 +474,8 @@ impl Client {
         }
         let has_body = !matches!(response.status, 100..200 | 204 | 304);
         let framing = if has_body { Framing::Length(response.body.len() as u64) } else { Framing::None };
-        self.start_response(response, framing, now_ms).body(
-            &mut self.output,
-            if has_body { &response.body } else { &[] },
-        );
+        self.start_response(response, framing, now_ms)
+            .body(&mut self.output, if has_body { &response.body } else { &[] });
         self.response_done(now_ms);
     }
 
@@ -507,8 +505,7 @@ impl Client {
         self.task = None;
         self.since_ms = now_ms;
         self.websocket_key = None;
-        self.state =
-            if self.keep_alive { State::Head } else { State::Closing { left: LINGER_BYTES } };
+        self.state = if self.keep_alive { State::Head } else { State::Closing { left: LINGER_BYTES } };
     }
 
     /// Begins a response whose body follows in pieces.
@@ -634,7 +631,9 @@ impl Client {
             State::WebSocket(_) if self.pinged => Some(self.heard_ms + WEBSOCKET_DEAD_MS),
             State::WebSocket(_) => Some(self.heard_ms + WEBSOCKET_PING_MS),
             State::Wire(session) => session.next_timeout_ms(),
-            State::Closing { .. } => Some(self.since_ms + LINGER_MS + WRITE_STALL_MS * u64::from(self.pending_output() > 0)),
+            State::Closing { .. } => {
+                Some(self.since_ms + LINGER_MS + WRITE_STALL_MS * u64::from(self.pending_output() > 0))
+            }
         };
         let write = (self.pending_output() > 0).then_some(self.wrote_ms + WRITE_STALL_MS);
         match (state, write) {
@@ -679,7 +678,9 @@ impl Client {
         self.keep_alive = false;
         let is_idle = self.is_idle();
         match &mut self.state {
-            State::WebSocket(ws) => ws.send_close(close_code::GOING_AWAY, "the control plane is being shut down"),
+            State::WebSocket(ws) => {
+                ws.send_close(close_code::GOING_AWAY, "the control plane is being shut down")
+            }
             State::Wire(session) => session.close(),
             _ if is_idle => self.is_broken = true,
             _ => {}

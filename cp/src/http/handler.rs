@@ -130,11 +130,9 @@ impl Response {
     /// A JSON body.
     pub fn json<T: Serialize + ?Sized>(status: u16, value: &T) -> Response {
         match serde_json::to_vec(value) {
-            Ok(body) => Response {
-                status,
-                headers: vec![("content-type", "application/json".to_string())],
-                body,
-            },
+            Ok(body) => {
+                Response { status, headers: vec![("content-type", "application/json".to_string())], body }
+            }
             // Only a map with keys that are not strings, or an own Serialize, can fail.
             Err(error) => {
                 Response::error(500, "internal_error", &format!("the answer cannot be written: {error}"))

@@ -81,7 +81,8 @@ fn boundary(content_type: &str) -> Option<String> {
         name.trim().eq_ignore_ascii_case("boundary").then(|| value.trim())
     })?;
     let value = value.strip_prefix('"').and_then(|v| v.strip_suffix('"')).unwrap_or(value);
-    let is_good = (1..=MAX_BOUNDARY_BYTES).contains(&value.len()) && value.bytes().all(|b| b.is_ascii_graphic());
+    let is_good =
+        (1..=MAX_BOUNDARY_BYTES).contains(&value.len()) && value.bytes().all(|b| b.is_ascii_graphic());
     is_good.then(|| value.to_string())
 }
 
@@ -270,8 +271,12 @@ mod tests {
 
     #[test]
     fn malformed_bodies_and_types_are_refused() {
-        for bad in ["text/plain", "multipart/form-data", "multipart/form-data; boundary=", "multipart/mixed; boundary=a"]
-        {
+        for bad in [
+            "text/plain",
+            "multipart/form-data",
+            "multipart/form-data; boundary=",
+            "multipart/mixed; boundary=a",
+        ] {
             assert!(Multipart::new(bad).is_none(), "{bad}");
         }
         for bad in [
@@ -284,7 +289,10 @@ mod tests {
             assert!(reader.receive(bad).is_err(), "{:?}", String::from_utf8_lossy(bad));
         }
         let mut reader = Multipart::new(TYPE).expect("a boundary");
-        assert_eq!(reader.receive(b"--xyz\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\n"), Ok(vec![]));
+        assert_eq!(
+            reader.receive(b"--xyz\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\n"),
+            Ok(vec![])
+        );
         assert!(reader.receive(&[b'a'; MAX_FIELD_BYTES + 100]).is_err());
     }
 }

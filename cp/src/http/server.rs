@@ -398,9 +398,9 @@ impl Server {
 
 /// Tells a client that there is no room, without keeping it.
 fn refuse(stream: TcpStream) {
-    let mut client = Client::new(Socket::new(stream), SocketAddr::from(([0, 0, 0, 0], 0)).ip(), Rc::default(), 0);
+    let mut client =
+        Client::new(Socket::new(stream), SocketAddr::from(([0, 0, 0, 0], 0)).ip(), Rc::default(), 0);
     client.close_after_response();
     client.respond(&overloaded(), 0);
     client.flush(0);
 }
-

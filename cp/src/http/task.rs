@@ -73,11 +73,7 @@ impl Outbox {
 
     /// Sends what waits by `send`, which tells how many bytes were taken (`None`: the stream is over),
     /// and then `finish`.
-    pub fn send(
-        &mut self,
-        mut send: impl FnMut(u8, &[u8]) -> Option<usize>,
-        finish: impl FnOnce(),
-    ) {
+    pub fn send(&mut self, mut send: impl FnMut(u8, &[u8]) -> Option<usize>, finish: impl FnOnce()) {
         while let Some((channel, bytes, sent)) = self.waiting.front_mut() {
             let Some(taken) = send(*channel, &bytes[*sent..]) else {
                 self.waiting.clear();

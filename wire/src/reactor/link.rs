@@ -71,7 +71,7 @@ impl Link {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::auth::Verifier;
+    use crate::auth::{NONCE_LEN, Verifier};
     use crate::message::{Health, Message};
     use crate::session::{Event, Limits, Session};
     use std::time::{Duration, Instant};
@@ -84,8 +84,8 @@ mod tests {
         let (accepted, _) = listener.accept()?;
         let mut sides = Vec::new();
         for (stream, session) in [
-            (dialled, Session::client("cp", b"secret", "test", [1; 24], Limits::default(), 0)),
-            (accepted, Session::server("test", [2; 24], Limits::default(), 0)),
+            (dialled, Session::client("cp", b"secret", "test", [1; NONCE_LEN], Limits::default(), 0)),
+            (accepted, Session::server("test", [2; NONCE_LEN], Limits::default(), 0)),
         ] {
             stream.set_nonblocking(true)?;
             sides.push(Link::new(Socket::new(TcpStream::from_std(stream)), session));
