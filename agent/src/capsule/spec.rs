@@ -164,10 +164,6 @@ impl Spec {
             vcpus: u64::from(host.cpu_cores * VCPUS_PER_CORE),
         };
         fits("MiB of memory", request.memory_mb, capacity.memory_mb, reserved.memory_mb)?;
-        if request.vcpus > host.cpu_cores {
-            let (asked, has) = (u64::from(request.vcpus), u64::from(host.cpu_cores));
-            return Err(SpecError::LargerThanHost { what: "virtual CPUs", asked, has });
-        }
         fits("virtual CPUs", request.vcpus, capacity.vcpus, reserved.vcpus)?;
         let image = host.layout.template(&request.template)?;
         let (_, free_bytes) = resources::disk_space(host.layout.root()).unwrap_or((0, u64::MAX));
