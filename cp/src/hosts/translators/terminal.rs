@@ -7,9 +7,7 @@ use crate::http::handler::encode;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
-use wire::message::{
-    CHANNEL_STDIN, Message, ProcessAttached, ProcessExited, ProcessSignal, TerminalResize,
-};
+use wire::message::{CHANNEL_STDIN, Message, ProcessAttached, ProcessExited, ProcessSignal, TerminalResize};
 
 const SIGKILL: u32 = 9;
 
@@ -58,9 +56,7 @@ impl Translator for Terminal {
                 _ => refused("resize needs cols and rows from 1 to 65535"),
             },
             // On a process's own stream the selector is not looked at.
-            Some("kill") => {
-                Action::Send(encode(&ProcessSignal { selector: String::new(), signal: SIGKILL }))
-            }
+            Some("kill") => Action::Send(encode(&ProcessSignal { selector: String::new(), signal: SIGKILL })),
             Some("ping") => pong(),
             Some("pong") => return,
             _ => refused("messages here are of type input, resize, kill or ping"),
