@@ -1,10 +1,11 @@
 //! The Wrenn wire protocol and the codecs around it.
 //!
-//! Everything here but `reactor` is sans-I/O: bytes and time in, bytes and events out. `PROTOCOL.md`
+//! Everything here but `client` and `reactor` is sans-I/O: bytes and time in, bytes and events out. `PROTOCOL.md`
 //! beside this crate is normative; the code follows it.
 //!
 //! | module | what it is |
 //! | --- | --- |
+//! | `client` | a blocking client (feature `client`) |
 //! | [`codec`] | primitive encodings |
 //! | `config` | the daemons' variables and `.env` file (feature `reactor`) |
 //! | [`frame`] | the frame header and frame types |
@@ -16,12 +17,14 @@
 //! | `websocket` | RFC 6455 (feature `reactor`) |
 
 // envd is a freestanding program: the session and its messages need an allocator and nothing else.
-#![cfg_attr(not(feature = "reactor"), no_std)]
+#![cfg_attr(not(any(feature = "client", feature = "reactor")), no_std)]
 
 extern crate alloc;
 
 pub mod auth;
 pub mod base64;
+#[cfg(feature = "client")]
+pub mod client;
 pub mod codec;
 #[cfg(feature = "reactor")]
 pub mod config;

@@ -78,6 +78,10 @@ impl Hello {
         if hello.name.len() > MAX_NAME {
             return Err(DecodeError::TooLong("the program name"));
         }
+        // It goes into logs before its sender has proven anything.
+        if hello.name.chars().any(char::is_control) {
+            return Err(DecodeError::BadValue("the program name"));
+        }
         Ok(hello)
     }
 }

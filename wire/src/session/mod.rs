@@ -27,7 +27,7 @@ use core::fmt;
 use handshake::Phase;
 use mac::FrameMac;
 use sha2::{Digest, Sha256};
-use stream::{Queued, Stream, Want, charge};
+use stream::{Pool, Queued, Stream, Want, charge};
 
 /// A stream's number on its connection.
 pub type StreamId = u32;
@@ -51,6 +51,8 @@ pub const HANDSHAKE_TIMEOUT_MS: u64 = 10_000;
 pub const PING_AFTER_MS: u64 = 15_000;
 /// Silence after which the peer is taken for dead.
 pub const DEAD_AFTER_MS: u64 = 45_000;
+/// What a DATA frame costs beyond its bytes: the charge of a frame, and the channel.
+const DATA_OVERHEAD: u64 = FRAME_CHARGE as u64 + 1;
 /// Capacity that an empty buffer may keep on an idle connection, in bytes.
 const IDLE_BUFFER: usize = 4096;
 
@@ -124,6 +126,8 @@ impl fmt::Display for SessionError {
             SessionError::HandshakeTimeout => f.write_str("the handshake took too long"),
             SessionError::PeerSilent => f.write_str("the peer has been silent for too long"),
             SessionError::ByPeer(code, reason) => {
+                // The reason may come from a peer that has proven nothing, and goes into logs.
+                let reason = reason.replace(char::is_control, "\u{fffd}");
                 write!(f, "closed by the peer: {}: {reason}", Code::from_number(*code).name())
             }
             SessionError::TransportClosed => f.write_str("the connection was closed"),
@@ -300,6 +304,12 @@ pub struct Session {
     streams: BTreeMap<StreamId, Stream>,
     /// Streams with messages that wait.
     queued: BTreeSet<StreamId>,
+    /// Streams of this side whose `OPEN` waits.
+    unopened: BTreeSet<StreamId>,
+    /// Where the next turn of waiting messages begins.
+    served: StreamId,
+    /// The last stream of this side whose `OPEN` was sent.
+    last_opened: StreamId,
     /// Streams whose application waits for room, in the order of their turns.
     line: VecDeque<StreamId>,
     next_stream: StreamId,
@@ -370,6 +380,9 @@ impl Session {
             recv_mac: None,
             streams: BTreeMap::new(),
             queued: BTreeSet::new(),
+            unopened: BTreeSet::new(),
+            served: 0,
+            last_opened: 0,
             line: VecDeque::new(),
             next_stream: if is_client { 1 } else { 2 },
             last_peer_stream: 0,
@@ -451,20 +464,46 @@ impl Session {
 
     /// Lets the stream whose turn it is write, if there is room and credit.
     fn next_in_line(&mut self) -> Option<Event> {
-        while self.pending_output() < OUTPUT_SOFT_LIMIT && self.send_credit > u64::from(FRAME_CHARGE) + 1 {
+        let mut turns = self.line.len();
+        while turns > 0 && self.pending_output() < OUTPUT_SOFT_LIMIT {
+            turns -= 1;
+            let pool = self.send_pool();
             let stream = self.line.pop_front()?;
             let Some(s) = self.streams.get_mut(&stream) else { continue };
+            s.is_lined_up = false;
             if s.want != Want::InLine {
                 continue;
             }
-            if s.send_credit <= u64::from(FRAME_CHARGE) + 1 || !s.queue.is_empty() {
+            if s.send_credit <= DATA_OVERHEAD || !s.queue.is_empty() {
                 s.want = Want::Credit;
+                continue;
+            }
+            if s.allowance(pool) <= DATA_OVERHEAD {
+                // Its turn comes when others have given credit back; those behind it go on.
+                self.line_up(stream);
                 continue;
             }
             s.want = Want::Nothing;
             return Some(Event::Writable { stream });
         }
         None
+    }
+
+    /// The connection's credit on the sending side.
+    fn send_pool(&self) -> Pool {
+        let window = self.peer.as_ref().map_or(0, |p| u64::from(p.connection_window));
+        Pool { left: self.send_credit, window }
+    }
+
+    /// Puts a stream whose application waits at the end of the line.
+    fn line_up(&mut self, stream: StreamId) {
+        if let Some(s) = self.streams.get_mut(&stream) {
+            s.want = Want::InLine;
+            if !s.is_lined_up {
+                s.is_lined_up = true;
+                self.line.push_back(stream);
+            }
+        }
     }
 
     /// What is to be written to the transport.
@@ -598,6 +637,7 @@ impl Session {
         self.streams.insert(id, stream);
         self.own_open += 1;
         self.queued.insert(id);
+        self.unopened.insert(id);
         self.flush();
         Ok(id)
     }
@@ -649,21 +689,20 @@ impl Session {
         let mut taken = 0;
         while taken < bytes.len() {
             let room = limit.saturating_sub(self.pending_output());
-            let connection_credit = self.send_credit;
+            let pool = self.send_pool();
             let s = self.streams.get_mut(&stream).filter(|s| !s.finishing).ok_or(SendError::NoStream)?;
-            let overhead = u64::from(FRAME_CHARGE) + 1;
-            let credit = s.send_credit.min(connection_credit).saturating_sub(overhead);
-            let n = (bytes.len() - taken).min(MAX_DATA).min(room).min(credit as usize);
+            // Credit is at most MAX_WINDOW, so it fits.
+            let credit = s.allowance(pool).saturating_sub(DATA_OVERHEAD) as usize;
+            let n = (bytes.len() - taken).min(MAX_DATA).min(room).min(credit);
             if n == 0 || !s.queue.is_empty() {
-                if s.send_credit <= overhead || !s.queue.is_empty() {
+                if s.send_credit <= DATA_OVERHEAD || !s.queue.is_empty() {
                     s.want = Want::Credit;
-                } else if s.want != Want::InLine {
-                    s.want = Want::InLine;
-                    self.line.push_back(stream);
+                } else {
+                    self.line_up(stream);
                 }
                 break;
             }
-            let cost = n as u64 + overhead;
+            let cost = n as u64 + DATA_OVERHEAD;
             s.send_credit -= cost;
             self.send_credit -= cost;
             self.write_frame(FrameType::Data, stream, false, &[&[channel], &bytes[taken..taken + n]]);
@@ -712,6 +751,8 @@ impl Session {
             _ => true,
         });
         self.release(0, returned);
+        // Its OPEN may have held back those of others.
+        self.flush();
     }
 
     /// Gives back the credit of an event that is dealt with. `stream` may have ended meanwhile; 0 gives
@@ -721,14 +762,16 @@ impl Session {
             return;
         }
         self.unreturned += u64::from(cost);
-        if self.unreturned >= u64::from(self.limits.connection_window / 4) {
+        let window = self.limits.connection_window;
+        let pool = Pool { left: self.recv_left, window: u64::from(window) };
+        if pool.is_due(self.unreturned, window) {
             let amount = core::mem::take(&mut self.unreturned);
             self.recv_left += amount;
             self.write_credit(0, amount);
         }
         let Some(s) = self.streams.get_mut(&stream).filter(|s| !s.fin_received) else { return };
         s.unreturned += u64::from(cost);
-        if s.unreturned >= u64::from(self.limits.stream_window / 4) {
+        if pool.is_due(s.unreturned, self.limits.stream_window) {
             let amount = core::mem::take(&mut s.unreturned);
             s.recv_left += amount;
             self.write_credit(stream, amount);
@@ -780,53 +823,72 @@ impl Session {
         self.phase = Phase::Closed;
         self.streams.clear();
         self.queued.clear();
+        self.unopened.clear();
         self.line.clear();
         self.input = Vec::new();
         self.client_secret = None;
         self.events.push_back(Event::Closed { error });
     }
 
-    /// Sends what waits, as far as credit and room allow. Streams are opened in the order of their
+    /// Sends what waits, as far as credit and room allow: one message of each stream after the other,
+    /// beginning after the stream that was served last. Streams are opened in the order of their
     /// numbers, so the first `OPEN` that has to wait holds back those after it.
     fn flush(&mut self) {
-        if self.queued.is_empty() {
-            return;
-        }
-        let mut open_waits = false;
-        let waiting: Vec<StreamId> = self.queued.iter().copied().collect();
-        for id in waiting {
-            if self.pending_output() >= OUTPUT_SOFT_LIMIT + OUTPUT_RESERVE {
+        while !self.queued.is_empty() {
+            let turns: Vec<StreamId> =
+                self.queued.range(self.served..).chain(self.queued.range(..self.served)).copied().collect();
+            let mut moved = false;
+            for id in turns {
+                if self.pending_output() >= OUTPUT_SOFT_LIMIT + OUTPUT_RESERVE {
+                    return;
+                }
+                if self.flush_one(id) {
+                    moved = true;
+                    self.served = id.saturating_add(1);
+                }
+            }
+            if !moved {
                 return;
             }
-            while let Some(s) = self.streams.get_mut(&id) {
-                let Some(front) = s.queue.front() else { break };
-                let is_open = front.frame_type == FrameType::Open;
-                let cost = charge(front.payload.len(), front.frame_type);
-                if self.send_credit < cost || (!is_open && s.send_credit < cost) || (is_open && open_waits) {
-                    open_waits |= is_open;
-                    break;
-                }
-                let Some(item) = s.queue.pop_front() else { break };
-                s.queued_bytes -= item.payload.len();
-                self.send_credit -= cost;
-                if !is_open {
-                    s.send_credit -= cost;
-                }
-                s.fin_sent |= item.fin;
-                self.write_frame(item.frame_type, id, item.fin, &[&item.payload]);
-                if self.pending_output() >= OUTPUT_SOFT_LIMIT + OUTPUT_RESERVE {
-                    break;
-                }
-            }
-            if let Some(s) = self.streams.get_mut(&id).filter(|s| s.queue.is_empty()) {
-                self.queued.remove(&id);
-                if s.want == Want::Credit && s.send_credit > u64::from(FRAME_CHARGE) + 1 {
-                    s.want = Want::InLine;
-                    self.line.push_back(id);
-                }
-                self.forget_if_done(id);
-            }
         }
+    }
+
+    /// Sends the first message that waits on a stream, if it may go now.
+    fn flush_one(&mut self, id: StreamId) -> bool {
+        let next_open = self.unopened.first().copied();
+        let pool = self.send_pool();
+        let Some(s) = self.streams.get_mut(&id) else { return false };
+        let Some(front) = s.queue.front() else { return false };
+        let is_open = front.frame_type == FrameType::Open;
+        let cost = charge(front.payload.len(), front.frame_type);
+        if is_open && next_open != Some(id) {
+            return false;
+        }
+        let allowed = if is_open { cost <= pool.left } else { s.allows_message(cost, pool) };
+        if !allowed {
+            return false;
+        }
+        let Some(item) = s.queue.pop_front() else { return false };
+        s.queued_bytes -= item.payload.len();
+        self.send_credit -= cost;
+        if is_open {
+            self.unopened.remove(&id);
+            self.last_opened = id;
+        } else {
+            s.send_credit -= cost;
+        }
+        s.fin_sent |= item.fin;
+        let is_empty = s.queue.is_empty();
+        let goes_on = is_empty && s.want == Want::Credit && s.send_credit > DATA_OVERHEAD;
+        self.write_frame(item.frame_type, id, item.fin, &[&item.payload]);
+        if is_empty {
+            self.queued.remove(&id);
+            if goes_on {
+                self.line_up(id);
+            }
+            self.forget_if_done(id);
+        }
+        true
     }
 
     fn forget_if_done(&mut self, stream: StreamId) {
@@ -836,14 +898,23 @@ impl Session {
     }
 
     fn forget(&mut self, stream: StreamId) {
-        if self.streams.remove(&stream).is_some() {
+        if let Some(s) = self.streams.remove(&stream) {
             self.queued.remove(&stream);
+            self.unopened.remove(&stream);
+            if s.is_lined_up {
+                self.line.retain(|id| *id != stream);
+            }
             if self.is_own(stream) {
                 self.own_open -= 1;
             } else {
                 self.peer_open -= 1;
             }
         }
+    }
+
+    /// Whether a stream was ever opened on the wire, by either side.
+    fn was_opened(&self, stream: StreamId) -> bool {
+        stream <= if self.is_own(stream) { self.last_opened } else { self.last_peer_stream }
     }
 
     fn is_own(&self, stream: StreamId) -> bool {

@@ -6,9 +6,7 @@ use super::stream::{Stream, Want, charge};
 use super::{Event, MAX_WINDOW, Session, SessionError, StreamId};
 use crate::auth::{AuthError, MAX_AUTH_MESSAGE, ServerExchange, SessionKeys};
 use crate::codec::{DecodeError, Field, Reader};
-use crate::frame::{
-    FRAME_CHARGE, FrameType, HEADER_LEN, Header, MAC_LEN, MAX_PAYLOAD, PREAMBLE, decode_reset,
-};
+use crate::frame::{FrameType, HEADER_LEN, Header, MAC_LEN, MAX_PAYLOAD, PREAMBLE, decode_reset};
 use crate::message::Code;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -194,8 +192,7 @@ impl Session {
         if header.frame_type == FrameType::Open {
             return self.on_open(header, payload, cost);
         }
-        let known = if self.is_own(id) { id < self.next_stream } else { id <= self.last_peer_stream };
-        if !known {
+        if !self.was_opened(id) {
             return Err(SessionError::Unexpected("frame on a stream that was never opened"));
         }
         let Some(s) = self.streams.get_mut(&id) else {
@@ -203,7 +200,7 @@ impl Session {
             self.release(0, cost);
             return Ok(());
         };
-        if s.is_unopened() || s.fin_received {
+        if s.fin_received {
             return Err(SessionError::Unexpected("frame on a stream whose half has ended"));
         }
         s.recv_left = s.recv_left.checked_sub(u64::from(cost)).ok_or(SessionError::CreditExceeded)?;
@@ -258,16 +255,19 @@ impl Session {
         let amount: [u8; 4] =
             payload.try_into().map_err(|_| SessionError::Payload(DecodeError::UnexpectedEnd))?;
         let amount = u64::from(u32::from_be_bytes(amount));
+        if id != 0 && !self.was_opened(id) {
+            return Err(SessionError::Unexpected("credit for a stream that was never opened"));
+        }
         let total = if id == 0 {
             self.send_credit += amount;
             self.send_credit
         } else if let Some(s) = self.streams.get_mut(&id) {
             s.send_credit += amount;
-            if s.want == Want::Credit && s.queue.is_empty() && s.send_credit > u64::from(FRAME_CHARGE) + 1 {
-                s.want = Want::InLine;
-                self.line.push_back(id);
+            let total = s.send_credit;
+            if s.want == Want::Credit && s.queue.is_empty() && total > super::DATA_OVERHEAD {
+                self.line_up(id);
             }
-            s.send_credit
+            total
         } else {
             // It crossed the end of the stream.
             0
@@ -281,13 +281,13 @@ impl Session {
 
     fn on_reset(&mut self, id: StreamId, payload: &[u8]) -> Result<(), SessionError> {
         let (code, reason) = decode_reset(payload).map_err(SessionError::Payload)?;
-        let known = if self.is_own(id) { id < self.next_stream } else { id <= self.last_peer_stream };
-        if !known {
+        if !self.was_opened(id) {
             return Err(SessionError::Unexpected("reset of a stream that was never opened"));
         }
         if self.streams.contains_key(&id) {
             self.forget(id);
             self.events.push_back(Event::Reset { stream: id, code, reason });
+            self.flush();
         }
         Ok(())
     }

@@ -40,6 +40,10 @@ pub(super) struct Stream {
     pub fin_received: bool,
     /// Whether the application waits to send.
     pub want: Want,
+    /// Whether the stream's number is in the session's line.
+    pub is_lined_up: bool,
+    /// The credit that the stream started with.
+    pub send_window: u64,
     /// Bytes (frame charges included) that the peer may still send.
     pub recv_left: u64,
     /// Bytes dealt with here and not yet given back as credit.
@@ -56,9 +60,29 @@ impl Stream {
             fin_sent: false,
             fin_received: false,
             want: Want::Nothing,
+            is_lined_up: false,
+            send_window: u64::from(send_window),
             recv_left: u64::from(recv_window),
             unreturned: 0,
         }
+    }
+
+    /// What the stream's data may still cost now.
+    pub fn allowance(&self, pool: Pool) -> u64 {
+        let share = pool.share().saturating_sub(self.held());
+        self.send_credit.min(pool.left).min(share)
+    }
+
+    /// Whether a message of this cost may go now. It cannot go in parts, so a stream of which the peer
+    /// holds nothing may send one of any length.
+    pub fn allows_message(&self, cost: u64, pool: Pool) -> bool {
+        let held = self.held();
+        cost <= self.send_credit && cost <= pool.left && (held == 0 || held + cost <= pool.share())
+    }
+
+    /// What the peer holds of this stream and has not given back.
+    fn held(&self) -> u64 {
+        self.send_window.saturating_sub(self.send_credit)
     }
 
     /// Both halves have ended.
@@ -69,6 +93,35 @@ impl Stream {
     /// Whether the stream's `OPEN` has not been sent yet.
     pub fn is_unopened(&self) -> bool {
         self.queue.front().is_some_and(|q| q.frame_type == FrameType::Open)
+    }
+}
+
+/// A connection's credit: what is left of it, and what it started with.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pool {
+    /// Bytes left.
+    pub left: u64,
+    /// Bytes at the start.
+    pub window: u64,
+}
+
+impl Pool {
+    /// How much of the connection's credit one stream may hold. It shrinks as the credit does, so that
+    /// however many readers stall, the next stream still finds some.
+    pub fn share(self) -> u64 {
+        let kib = match self.left {
+            left if left >= self.window / 2 => return u64::MAX,
+            left if left >= self.window / 4 => 16,
+            left if left >= self.window / 8 => 4,
+            _ => 1,
+        };
+        kib * 1024
+    }
+
+    /// Whether a receiver that owes this much of a window gives it back now: at a quarter of the window,
+    /// and at once while the sender has less than half of the connection's credit left.
+    pub fn is_due(self, owed: u64, window: u32) -> bool {
+        owed > 0 && (owed >= u64::from(window) / 4 || self.left < self.window / 2)
     }
 }
 

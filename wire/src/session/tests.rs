@@ -251,3 +251,64 @@ fn a_draining_side_takes_no_streams_and_finishes_those_it_has() {
     pair.run();
     assert!(pair.client_events.iter().any(|e| matches!(e, Event::Message { .. })));
 }
+
+/// Half of all streams of the connection stall with as much in hand as they get; a new one still works.
+#[test]
+fn readers_that_stall_on_many_streams_leave_room_for_the_next() {
+    let limits = Limits { max_streams: 400, ..Limits::default() };
+    let mut pair = Pair::new(SECRET, limits);
+    pair.run();
+    let block = vec![7u8; 400_000];
+    for _ in 0..300 {
+        let stalled = pair.client.open(&Done {}, false).expect("open");
+        pair.client.send_data(stalled, 1, &block).expect("send");
+        pair.run();
+    }
+    pair.server_events.clear();
+    let live = pair.client.open(&Done {}, false).expect("open");
+    let (mut sent, mut got) = (0, 0);
+    for _ in 0..10_000 {
+        if got == block.len() {
+            break;
+        }
+        sent += pair.client.send_data(live, 1, &block[sent..]).expect("send");
+        pair.run();
+        for event in std::mem::take(&mut pair.server_events) {
+            if let Event::Data { stream, bytes, cost, .. } = event
+                && stream == live
+            {
+                got += bytes.len();
+                pair.server.release(stream, cost);
+            }
+        }
+        pair.run();
+    }
+    assert_eq!(got, block.len());
+    assert!(pair.server.buffered_bytes() < 2 * 1024 * 1024);
+}
+
+#[test]
+fn streams_take_turns_when_messages_wait() {
+    let mut pair = Pair::ready();
+    let streams: Vec<StreamId> = (0..4).map(|_| pair.client.open(&Done {}, false).expect("open")).collect();
+    pair.run();
+    let mut message = vec![0x12, 0x34];
+    message.resize(50_000, 0);
+    // More than the output takes at once, so some wait.
+    for _ in 0..4 {
+        for stream in &streams {
+            pair.client.send_raw(*stream, message.clone(), false).expect("queued");
+        }
+    }
+    pair.run();
+    let order: Vec<StreamId> = pair
+        .server_events
+        .iter()
+        .filter_map(|e| match e {
+            Event::Message { stream, .. } => Some(*stream),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(order.len(), 16);
+    assert!(order.chunks(4).all(|turn| streams.iter().all(|s| turn.contains(s))), "{order:?}");
+}
