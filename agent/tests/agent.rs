@@ -12,6 +12,7 @@ use std::process::Stdio;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 use wire::auth::{ITERATIONS, Verifier};
+use wire::codec::Bytes;
 use wire::message::{
     CapsuleCreate, CapsuleGet, CapsuleInfo, CapsuleList, CapsuleState, Code, Done, Error, Health,
     HealthReply, HostStatus, HostStatusReply, Message,
@@ -24,6 +25,10 @@ fn with_files(place: &Place, kernel: &[u8]) {
     fs::write(place.directory.join("kernels/initramfs.img"), b"nothing").expect("written");
     fs::write(place.directory.join("images/minimal/rootfs.ext4"), vec![0; 1 << 20]).expect("written");
 }
+
+/// A cpio archive (newc, see cpio(5)) that has only its trailer.
+const EMPTY_CPIO: &str = "070701000000000000000000000000000000000000000100000000000000000000000000000000000000000000\
+    000000000000000B00000000TRAILER!!!\0\0\0\0";
 
 /// An ELF kernel that QEMU starts by its PVH note and that does nothing for ever: `cli; hlt; jmp`.
 fn spinning_kernel() -> Vec<u8> {
@@ -354,7 +359,9 @@ fn a_command_runs_in_a_capsule() {
     let agent = Agent::start(&place);
     let mut cp = agent.client();
     let begun = Instant::now();
-    let info = cp.create("cl-one").expect("created");
+    let environment = vec![(Bytes(b"GREETING".to_vec()), Bytes(b"good day".to_vec()))];
+    let request = CapsuleCreate { environment, ..creation("cl-one") };
+    let info: CapsuleInfo = cp.ask(&request).expect("created");
     let created = begun.elapsed();
     let ran = cp.exec("cl-one", &["echo", "hello"]).expect("ran");
     eprintln!("created after {created:?}, first exec after {:?}", begun.elapsed());
@@ -364,6 +371,8 @@ fn a_command_runs_in_a_capsule() {
     let ran = cp.exec("cl-one", &["/bin/sh", "-c", "echo out; echo err >&2; exit 7"]).expect("ran");
     assert_eq!((ran.stdout.as_slice(), ran.stderr.as_slice()), (&b"out\n"[..], &b"err\n"[..]));
     assert_eq!(ran.exit_code, 7);
+    let ran = cp.exec("cl-one", &["/bin/sh", "-c", "echo $GREETING"]).expect("ran");
+    assert_eq!(ran.stdout, b"good day\n");
     let ran = cp.exec("cl-one", &["hostname"]).expect("ran");
     assert_eq!(ran.stdout, b"cl-one\n");
     let error = cp.exec("cl-one", &["no-such-command"]).expect_err("not there");
@@ -413,6 +422,30 @@ fn a_machine_that_dies_is_an_error_and_can_be_destroyed() {
     let info: CapsuleInfo = cp.ask(&CapsuleGet { capsule_id: "cl-die".into() }).expect("known");
     assert_eq!(info.state, CapsuleState::Error);
     cp.destroy("cl-die").expect("destroyed");
+    assert!(agent.terminate().success());
+}
+
+#[test]
+fn a_guest_whose_kernel_panics_is_a_clear_error_at_once() {
+    let Some(guest) = guest_directory() else { return };
+    let place = Place::with_guest(12, &guest);
+    for entry in fs::read_dir(place.directory.join("kernels")).expect("kernels").flatten() {
+        if entry.file_name().to_string_lossy().starts_with("initramfs") {
+            // In place of the link to the real one: an archive with nothing in it.
+            fs::remove_file(entry.path()).expect("removed");
+            fs::write(entry.path(), EMPTY_CPIO).expect("written");
+        }
+    }
+    fs::write(place.directory.join("images/minimal/rootfs.ext4.new"), vec![0; 1 << 20]).expect("written");
+    let image = place.directory.join("images/minimal/rootfs.ext4");
+    fs::rename(place.directory.join("images/minimal/rootfs.ext4.new"), image).expect("replaced");
+    let agent = Agent::start(&place);
+    let begun = Instant::now();
+    let error = agent.client().create("cl-panic").expect_err("no init");
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    assert_eq!(code(&error), Code::Unavailable, "{error}");
+    assert!(error.text.contains("panic"), "{error}");
+    assert_eq!(place.remains(), Vec::<String>::new());
     assert!(agent.terminate().success());
 }
 

@@ -213,7 +213,7 @@ impl Capsule {
             Event::Message { kind, body, cost, .. } => {
                 guest.link.session.release(stream, *cost);
                 if is_init {
-                    read_init_answer(*kind, body, self.spec.environment.is_empty()).map(|()| None)
+                    read_init_answer(*kind, body).map(|()| None)
                 } else {
                     read_health_answer(*kind, body).map(Some)
                 }
@@ -233,13 +233,8 @@ impl Capsule {
     }
 }
 
-/// A daemon from before this message can do without what it says, unless that is an environment.
-fn read_init_answer(kind: u16, body: &[u8], may_do_without: bool) -> Result<(), String> {
-    match (expect::<Done>(kind, body), expect::<Error>(kind, body)) {
-        (Ok(Done {}), _) => Ok(()),
-        (_, Ok(error)) if may_do_without && error.code() == Code::Unimplemented => Ok(()),
-        (Err(e), _) => Err(refusal(kind, body, e)),
-    }
+fn read_init_answer(kind: u16, body: &[u8]) -> Result<(), String> {
+    expect::<Done>(kind, body).map(drop).map_err(|e| refusal(kind, body, e))
 }
 
 fn read_health_answer(kind: u16, body: &[u8]) -> Result<String, String> {
