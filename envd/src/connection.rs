@@ -1,5 +1,6 @@
 //! The sessions with host agents, and what each of their streams is for.
 
+use crate::ports::PortKey;
 use crate::process::ProcessKey;
 use crate::sys::clock;
 use crate::sys::{Errno, Fd, socket};
@@ -43,6 +44,8 @@ pub enum Task {
     Watcher(ProcessKey),
     /// It lists, removes, reads or writes files.
     File,
+    /// It is connected to a port.
+    Port(PortKey),
 }
 
 struct Connection {
@@ -262,6 +265,14 @@ impl Connections {
     /// Sends bytes: how many were taken, or `None` when the stream is gone.
     pub fn send_data(&mut self, key: StreamKey, channel: u8, bytes: &[u8]) -> Option<usize> {
         self.all.get_mut(&key.connection)?.session.send_data(key.stream, channel, bytes).ok()
+    }
+
+    /// Ends this side's half of a stream.
+    pub fn finish(&mut self, key: StreamKey) {
+        if let Some(c) = self.all.get_mut(&key.connection) {
+            // It has ended already when the stream is gone.
+            let _ = c.session.finish(key.stream);
+        }
     }
 
     /// Gives back the credit of what was dealt with.

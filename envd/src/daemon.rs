@@ -6,6 +6,7 @@ use crate::guest;
 use crate::identity::{self, Identity};
 use crate::log::log;
 use crate::metadata::Metadata;
+use crate::ports::Ports;
 use crate::process::Supervisor;
 use crate::process::request::Defaults;
 use crate::process::supervisor::Shell;
@@ -31,6 +32,8 @@ pub struct Daemon {
     pub(crate) connections: Connections,
     pub(crate) supervisor: Supervisor,
     pub(crate) files: Files,
+    pub(crate) ports: Ports,
+    pub(crate) own_port: u16,
     pub(crate) defaults: Defaults,
     pub(crate) started_ms: u64,
     pub(crate) now_ms: u64,
@@ -87,6 +90,8 @@ impl Daemon {
             connections: Connections::default(),
             supervisor: Supervisor::default(),
             files: Files::default(),
+            ports: Ports::default(),
+            own_port: listen.port(),
             defaults: Defaults { is_root: credentials::effective_uid() == 0, ..Defaults::default() },
             started_ms: now_ms,
             now_ms,
@@ -155,6 +160,17 @@ impl Daemon {
         work(&mut self.supervisor, &mut shell)
     }
 
+    /// Lends the ports what they work with.
+    pub(crate) fn with_ports(&mut self, work: impl FnOnce(&mut Ports, &mut Shell<'_>)) {
+        let mut shell = Shell {
+            epoll: &self.epoll,
+            connections: &mut self.connections,
+            scratch: &mut self.scratch,
+            now_ms: self.now_ms,
+        };
+        work(&mut self.ports, &mut shell);
+    }
+
     fn dispatch(&mut self, ready: Ready) {
         let Some(token) = Token::unpack(ready.token) else { return };
         match token {
@@ -176,6 +192,7 @@ impl Daemon {
             Token::Process(id, Way::Output(index)) => {
                 self.with_supervisor(|s, shell| s.on_output(id, usize::from(index), shell));
             }
+            Token::Port(id) => self.with_ports(|p, shell| p.go_on(id, shell)),
             Token::LeftOver(number) => self.supervisor.on_left_over(number, &mut self.scratch),
         }
     }

@@ -13,6 +13,8 @@
 //! | [`process`] | processes and terminals |
 //! | [`guest`] | time, randomness and defaults from the agent |
 //! | [`files`] | files on behalf of a user |
+//! | [`ports`] | TCP ports of the guest |
+//! | [`metrics`] | what the guest uses |
 //! | [`identity`] | who the capsule is and who may talk to it |
 //! | [`cmdline`], [`json`], [`metadata`], [`options`], [`token`], [`users`] | pure parsers and tables |
 //! | [`sys`] | the kernel's interface, all of the crate's `unsafe` |
@@ -34,7 +36,9 @@ pub mod init;
 pub mod json;
 pub mod log;
 pub mod metadata;
+pub mod metrics;
 pub mod options;
+pub mod ports;
 pub mod process;
 pub mod service;
 pub mod sys;

@@ -10,8 +10,8 @@ use alloc::format;
 use alloc::string::ToString;
 use wire::message::{
     Code, Done, Error, FileList, FileMakeDirectory, FileMove, FileRead, FileRemove, FileStat, FileWrite,
-    GuestInit, Health, HealthReply, Message, ProcessAttach, ProcessEndInput, ProcessList, ProcessSignal,
-    ProcessStart, TerminalResize,
+    GuestInit, GuestMetrics, GuestPrepareSnapshot, Health, HealthReply, Message, PortConnect, PortList,
+    ProcessAttach, ProcessEndInput, ProcessList, ProcessSignal, ProcessStart, TerminalResize,
 };
 use wire::session::{Event, SessionError};
 
@@ -42,6 +42,9 @@ impl Daemon {
                         self.files.on_data(key, &bytes, &mut self.connections);
                         self.connections.release(key, cost);
                     }
+                    Some(Task::Port(id)) => {
+                        self.with_ports(|p, shell| p.on_data(id, bytes, cost, shell));
+                    }
                     // It crossed the end of what it was for.
                     None => self.connections.release(key, cost),
                 }
@@ -49,6 +52,7 @@ impl Daemon {
             Event::Finished { stream } => match self.connections.task(key(stream)) {
                 Some(Task::Owner(id)) => self.with_supervisor(|s, shell| s.on_finished(id, shell)),
                 Some(Task::File) => self.files.on_finished(key(stream), &mut self.connections),
+                Some(Task::Port(id)) => self.with_ports(|p, shell| p.on_finished(id, shell)),
                 _ => {}
             },
             Event::Reset { stream, .. } => {
@@ -61,6 +65,7 @@ impl Daemon {
                     self.with_supervisor(|s, shell| s.on_writable(id, shell));
                 }
                 Some(Task::File) => self.files.on_writable(key(stream)),
+                Some(Task::Port(id)) => self.with_ports(|p, shell| p.go_on(id, shell)),
                 None => {}
             },
             Event::GoingAway { .. } => {}
@@ -79,6 +84,7 @@ impl Daemon {
                 self.with_supervisor(|s, shell| s.on_stream_gone(key, task, shell));
             }
             Task::File => self.files.on_stream_gone(key),
+            Task::Port(id) => self.ports.on_stream_gone(id),
         }
     }
 
@@ -123,6 +129,25 @@ impl Daemon {
             ProcessAttach::KIND => {
                 let attach = decode::<ProcessAttach>(body)?;
                 self.with_supervisor(|s, shell| s.attach(key, &attach.selector, attach.from_byte, shell))?;
+            }
+            GuestPrepareSnapshot::KIND => {
+                decode::<GuestPrepareSnapshot>(body)?;
+                crate::sys::boot::sync_all();
+                self.connections.send_last(key, &Done {});
+            }
+            GuestMetrics::KIND => {
+                decode::<GuestMetrics>(body)?;
+                self.connections.send_last(key, &crate::metrics::now()?);
+            }
+            PortList::KIND => {
+                decode::<PortList>(body)?;
+                self.connections.send_last(key, &crate::ports::list(self.own_port)?);
+            }
+            PortConnect::KIND => {
+                let port = decode::<PortConnect>(body)?.port;
+                let mut result = Ok(());
+                self.with_ports(|p, shell| result = p.connect(key, port, shell));
+                result?;
             }
             FileStat::KIND => {
                 let entry = self.files.stat(&decode(body)?, &self.defaults)?;

@@ -26,6 +26,8 @@ pub enum Token {
     Process(u32, Way),
     /// A pipe that an ended process left open.
     LeftOver(u32),
+    /// A connection to a port of the guest's.
+    Port(u32),
 }
 
 impl Token {
@@ -40,6 +42,7 @@ impl Token {
             Token::Process(key, Way::Input) => (4, 1, key),
             Token::Process(key, Way::Output(index)) => (4, 2 + u64::from(index), key),
             Token::LeftOver(number) => (5, 0, number),
+            Token::Port(id) => (6, 0, id),
         };
         kind << 48 | way << 32 | u64::from(number)
     }
@@ -62,6 +65,7 @@ impl Token {
                 },
             ),
             5 => Token::LeftOver(number),
+            6 => Token::Port(number),
             _ => return None,
         })
     }
@@ -82,6 +86,7 @@ mod tests {
             Token::Process(7, Way::Input),
             Token::Process(u32::MAX, Way::Output(1)),
             Token::LeftOver(9),
+            Token::Port(u32::MAX),
         ] {
             assert_eq!(Token::unpack(token.pack()), Some(token));
         }

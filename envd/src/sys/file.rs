@@ -155,6 +155,18 @@ pub fn seek(fd: &Fd, offset: u64) -> Result<(), Errno> {
     Ok(())
 }
 
+/// Size of the file system that holds a path, and what an ordinary user can still write, in bytes.
+pub fn space(path: &CStr) -> Result<(u64, u64), Errno> {
+    // SAFETY: an all-zero statfs is a valid value; path and struct live for the call.
+    let stat = unsafe {
+        let mut stat: libc::statfs = core::mem::zeroed();
+        syscall!(libc::SYS_statfs, path.as_ptr(), &raw mut stat)?;
+        stat
+    };
+    let block = stat.f_bsize as u64;
+    Ok((stat.f_blocks * block, stat.f_bavail * block))
+}
+
 /// Bytes of one directory read.
 const DIRECTORY_BUFFER: usize = 16 * 1024;
 /// `d_name` in `struct linux_dirent64` (include/linux/dirent.h).
@@ -205,6 +217,17 @@ pub fn write_file(path: &CStr, content: &[u8], mode: u32) -> Result<(), Errno> {
     open(CURRENT, path, flags, mode)?.write_all(content)
 }
 
+/// Size of the file system of an open file, in blocks of `block_bytes`, statfs(2). What the file system
+/// keeps for itself does not count, so it is a little less than its disk's.
+pub fn total_blocks(fd: &Fd, block_bytes: u64) -> Result<u64, Errno> {
+    let mut stat = core::mem::MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: the kernel writes the struct.
+    unsafe { syscall!(libc::SYS_fstatfs, fd.raw(), stat.as_mut_ptr()) }?;
+    // SAFETY: all zeros is a valid statfs, and the kernel has filled it.
+    let stat = unsafe { stat.assume_init() };
+    Ok(stat.f_blocks.saturating_mul(stat.f_bsize as u64) / block_bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -230,15 +253,4 @@ mod tests {
         assert_eq!(names, 1000);
         std::fs::remove_dir_all(&directory).expect("clean up");
     }
-}
-
-/// Size of the file system of an open file, in blocks of `block_bytes`, statfs(2). What the file system
-/// keeps for itself does not count, so it is a little less than its disk's.
-pub fn total_blocks(fd: &Fd, block_bytes: u64) -> Result<u64, Errno> {
-    let mut stat = core::mem::MaybeUninit::<libc::statfs>::zeroed();
-    // SAFETY: the kernel writes the struct.
-    unsafe { syscall!(libc::SYS_fstatfs, fd.raw(), stat.as_mut_ptr()) }?;
-    // SAFETY: all zeros is a valid statfs, and the kernel has filled it.
-    let stat = unsafe { stat.assume_init() };
-    Ok(stat.f_blocks.saturating_mul(stat.f_bsize as u64) / block_bytes)
 }

@@ -2,7 +2,7 @@
 
 use super::fd::Fd;
 use super::syscall::{Errno, syscall, uninterrupted};
-use core::net::{Ipv4Addr, SocketAddrV4};
+use core::net::{Ipv4Addr, SocketAddrV4, SocketAddrV6};
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 64;
@@ -73,6 +73,38 @@ pub fn connect(to: SocketAddrV4) -> Result<Fd, Errno> {
         Ok(_) | Err(Errno(libc::EINPROGRESS)) => Ok(fd),
         Err(e) => Err(e),
     }
+}
+
+/// As [`connect`], by IPv6.
+pub fn connect_v6(to: SocketAddrV6) -> Result<Fd, Errno> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    let addr = libc::sockaddr_in6 {
+        sin6_family: libc::AF_INET6 as u16,
+        sin6_port: to.port().to_be(),
+        sin6_flowinfo: 0,
+        sin6_addr: libc::in6_addr { s6_addr: to.ip().octets() },
+        sin6_scope_id: 0,
+    };
+    // SAFETY: integer arguments; the address lives for the call.
+    let (fd, result) = unsafe {
+        let fd = Fd::new(syscall!(libc::SYS_socket, libc::AF_INET6, kind, 0)?);
+        let length = size_of::<libc::sockaddr_in6>();
+        let result = syscall!(libc::SYS_connect, fd.raw(), &raw const addr, length);
+        (fd, result)
+    };
+    set_option(&fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1)?;
+    match result {
+        Ok(_) | Err(Errno(libc::EINPROGRESS)) => Ok(fd),
+        Err(e) => Err(e),
+    }
+}
+
+/// Whether a socket is connected.
+pub fn is_connected(fd: &Fd) -> bool {
+    let mut addr = [0u8; size_of::<libc::sockaddr_in6>()];
+    let mut length = addr.len() as u32;
+    // SAFETY: buffer and length live for the call, and the length is the buffer's.
+    unsafe { syscall!(libc::SYS_getpeername, fd.raw(), addr.as_mut_ptr(), &raw mut length) }.is_ok()
 }
 
 /// The pending error of a socket.

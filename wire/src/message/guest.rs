@@ -5,6 +5,9 @@ use crate::codec::Bytes;
 use alloc::string::String;
 use alloc::vec::Vec;
 
+/// DATA channel of a TCP connection to a port of the guest's, both ways.
+pub const CHANNEL_PORT: u8 = 5;
+
 messages! {
     /// Tells the guest daemon what it could not know: sent by the agent after boot and each resume.
     /// Answered by `Done`.
@@ -17,5 +20,59 @@ messages! {
         environment: Vec<(Bytes, Bytes)>,
         /// Bytes to mix into the guest's random pool.
         entropy: Bytes,
+    }
+
+    /// Makes the guest ready to be frozen: everything written is on disk. Answered by `Done`.
+    GuestPrepareSnapshot = 0x0401 {
+    }
+
+    /// Asks for the guest's use of its machine. Answered by `GuestMetricsReply`.
+    GuestMetrics = 0x0410 {
+    }
+
+    /// The guest's use of its machine at one moment. Times are sums since its start: two replies give a
+    /// rate.
+    GuestMetricsReply = 0x0411 {
+        /// Milliseconds of the guest's monotonic clock.
+        at_ms: u64,
+        /// Processors.
+        processors: u32,
+        /// Processor time spent working, in milliseconds over all processors.
+        busy_ms: u64,
+        /// Processor time not spent, in milliseconds over all processors.
+        idle_ms: u64,
+        /// Memory that the kernel has, in bytes.
+        memory_total_bytes: u64,
+        /// Memory that programs can have without swapping, in bytes.
+        memory_available_bytes: u64,
+        /// Size of the root file system, in bytes.
+        disk_total_bytes: u64,
+        /// What an ordinary user can still write to it, in bytes.
+        disk_available_bytes: u64,
+        /// Bytes received on all interfaces but the loopback.
+        network_received_bytes: u64,
+        /// Bytes sent on all interfaces but the loopback.
+        network_sent_bytes: u64,
+        /// Load average over one minute, in thousandths.
+        load_1m_thousandths: u32,
+        /// Processes in the guest.
+        processes: u32,
+    }
+
+    /// Connects to a TCP port of the guest's own, also one that only its loopback reaches. Answered by
+    /// `Done`, then DATA on channel 5 both ways; FIN is the end of a half, RESET of both.
+    PortConnect = 0x0420 {
+        /// The port, 1 to 65,535.
+        port: u16,
+    }
+
+    /// Asks which TCP ports are listened on. Answered by `PortListReply`.
+    PortList = 0x0421 {
+    }
+
+    /// The TCP ports that are listened on, in their order, but envd's own.
+    PortListReply = 0x0422 {
+        /// Each port, and whether only the guest's loopback reaches it.
+        ports: Vec<(u16, bool)>,
     }
 }

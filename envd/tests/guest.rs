@@ -1,0 +1,105 @@
+//! The guest itself through a real envd: defaults, figures, ports.
+
+mod common;
+
+use common::{Client, Daemon, PATIENCE, shell};
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+use wire::message::*;
+use wire::session::{Event, StreamId};
+
+#[test]
+fn defaults_from_the_agent_hold_for_every_process() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let init = GuestInit {
+        time_us: 0,
+        default_user: "nobody".into(),
+        environment: vec![("FROM_AGENT".into(), "yes".into())],
+        entropy: [7u8; 32][..].into(),
+    };
+    let _: Done = client.ask(&init).expect("done");
+    let start = ProcessStart { user: String::new(), cwd: "/".into(), ..shell("id -un; echo $FROM_AGENT") };
+    assert_eq!(client.run(&start).expect("runs").stdout, b"nobody\nyes\n");
+    let wrong = GuestInit { default_user: "who".into(), ..init };
+    assert_eq!(client.ask::<_, Done>(&wrong).expect_err("refused").code(), Code::NotFound);
+    let _: Done = client.ask(&GuestPrepareSnapshot {}).expect("synced");
+}
+
+#[test]
+fn figures_are_plausible() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let first: GuestMetricsReply = client.ask(&GuestMetrics {}).expect("figures");
+    std::thread::sleep(Duration::from_millis(50));
+    let second: GuestMetricsReply = client.ask(&GuestMetrics {}).expect("figures");
+    assert!(second.at_ms > first.at_ms && second.idle_ms + second.busy_ms >= first.idle_ms + first.busy_ms);
+    assert!(first.processors >= 1 && first.processes >= 1);
+    assert!(first.memory_available_bytes > 0 && first.memory_available_bytes < first.memory_total_bytes);
+    assert!(first.disk_available_bytes <= first.disk_total_bytes && first.disk_total_bytes > 0);
+}
+
+fn connect(client: &mut Client, port: u16) -> Result<StreamId, Error> {
+    let stream = client.open(&PortConnect { port }, false);
+    client.answer::<Done>(stream).map(|Done {}| stream)
+}
+
+#[test]
+fn loopback_services_are_reached_through_streams() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let files = daemon.open_files();
+    for address in ["127.0.0.1:0", "[::1]:0"] {
+        let listener = TcpListener::bind(address).expect("listen");
+        let port = listener.local_addr().expect("address").port();
+        let ports: PortListReply = client.ask(&PortList {}).expect("ports");
+        assert!(ports.ports.contains(&(port, true)), "{ports:?}");
+        // An echo that answers with everything doubled once its input has ended.
+        let echo = std::thread::spawn(move || {
+            let (mut socket, _) = listener.accept().expect("accept");
+            let mut all = Vec::new();
+            socket.read_to_end(&mut all).expect("read");
+            socket.write_all(&all).expect("write");
+            socket.write_all(&all).expect("write");
+        });
+        let stream = connect(&mut client, port).expect("connected");
+        let content: Vec<u8> = (0..2_000_000u32).map(|i| (i % 241) as u8).collect();
+        client.send_all(stream, CHANNEL_PORT, &content);
+        client.session.finish(stream).expect("half-close");
+        let mut back = Vec::new();
+        let deadline = Instant::now() + PATIENCE;
+        while !client.has(|e| matches!(e, Event::Finished { stream: s } if *s == stream)) || back.is_empty() {
+            client.turn(Duration::from_millis(10));
+            back.extend(client.take_data(stream).into_iter().flat_map(|(_, b)| b));
+            assert!(Instant::now() < deadline, "{} bytes came back", back.len());
+        }
+        back.extend(client.take_data(stream).into_iter().flat_map(|(_, b)| b));
+        assert!(back == [&content[..], &content[..]].concat(), "{} bytes", back.len());
+        echo.join().expect("echo");
+    }
+    let free = TcpListener::bind("127.0.0.1:0").expect("listen").local_addr().expect("address").port();
+    let error = connect(&mut client, free).expect_err("nobody listens");
+    assert_eq!((error.code(), error.errno), (Code::Unavailable, libc::ECONNREFUSED as u32));
+    assert_eq!(connect(&mut client, 0).expect_err("no port").code(), Code::InvalidRequest);
+    daemon.wait_until_clean(files);
+}
+
+#[test]
+fn a_stream_that_is_reset_closes_its_connection() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
+    let stream = connect(&mut client, listener.local_addr().expect("address").port()).expect("connected");
+    let (mut socket, _) = listener.accept().expect("accept");
+    socket.write_all(b"greeting").expect("write");
+    client.wait_for(|e| matches!(e, Event::Data { .. }));
+    client.session.reset(stream, Code::Cancelled, "enough");
+    client.turn(Duration::from_millis(10));
+    let mut rest = Vec::new();
+    // An end or a reset, but no hang.
+    socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    let begin = Instant::now();
+    let _ = socket.read_to_end(&mut rest);
+    assert!(rest.is_empty() && begin.elapsed() < PATIENCE);
+}
