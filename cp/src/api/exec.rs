@@ -107,12 +107,12 @@ impl Command {
         }
     }
 
+    /// What to tell of a command that could not be started; the guest's words mostly say what it was.
     fn cannot_run(&self, error: &Error) -> String {
-        let place = match self.cwd.as_str() {
-            "" => String::new(),
-            cwd => format!(" in {cwd}"),
-        };
-        format!("cannot run {}{place}: {}", self.cmd, error.text)
+        if error.text.contains(&self.cmd) {
+            return error.text.clone();
+        }
+        format!("cannot run {}: {}", self.cmd, error.text)
     }
 }
 

@@ -142,8 +142,9 @@ fn note(
 ) -> Result<(), Stop> {
     if capsules::change_state(sql, id, from, to, Some(reason))? {
         log::warn!("capsule {id} is {}: {reason}", to.name());
-        let event = Event::new(None, "capsule.state", id).with(json!({"status": to.name()})).failed(reason);
-        audit::write(sql, &Actor::System, &event)?;
+        let team_id = capsules::team_of(sql, id)?;
+        let event = Event::new(team_id.as_deref(), "capsule.state", id).with(json!({"status": to.name()}));
+        audit::write(sql, &Actor::System, &event.failed(reason))?;
     }
     Ok(())
 }

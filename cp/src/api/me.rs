@@ -3,7 +3,10 @@
 use super::fields::{Fields, invalid};
 use super::login::{auth_response, own_account};
 use super::principal::{Principal, unauthorized};
+use super::teams::end;
+use crate::audit::{self, Event};
 use crate::auth::password::{self, StoredPassword};
+use crate::db::teams::{self, Role};
 use crate::db::users;
 use crate::http::context::Context;
 use crate::http::handler::{Flow, Request, Response, Step};
@@ -76,5 +79,37 @@ pub fn change_password(request: Request, context: &Arc<Context>) -> Flow {
                 Step::respond(Response::no_content())
             })
         })
+    })
+}
+
+/// `DELETE /v1/me`: closes the account, and the teams that nobody else is in.
+pub fn delete(request: Request, context: &Arc<Context>) -> Flow {
+    let context = Arc::clone(context);
+    Step::database(move |db| {
+        db.transaction(|sql| {
+            let principal = Principal::person(sql, &context, &request)?;
+            let user = own_account(sql, &principal)?;
+            let confirmation = Fields::of(&request)?.required_text("confirmation", 254)?;
+            if confirmation.trim().to_lowercase() != user.email {
+                return Err(invalid("confirmation must be the account's e-mail address").into());
+            }
+            for membership in teams::of_user(sql, &user.id)? {
+                if membership.role != Role::Owner {
+                    continue;
+                }
+                if teams::members(sql, &membership.team.id)?.len() > 1 {
+                    let message = format!(
+                        "you own the team {:?}, which has other members; remove them or delete it first",
+                        membership.team.name
+                    );
+                    return Err(Response::error(409, "conflict", &message).into());
+                }
+                end(sql, &principal, &membership.team.id)?;
+            }
+            users::delete(sql, &user.id)?;
+            let event = Event::new(None, "user.delete", &user.id);
+            Ok(audit::write(sql, &principal.actor, &event)?)
+        })?;
+        Step::respond(Response::no_content())
     })
 }

@@ -5,7 +5,7 @@ use super::principal::{Principal, forbidden};
 use crate::audit::{self, Event};
 use crate::auth::id::{Kind, new_slug};
 use crate::db::teams::{self, Member, Role};
-use crate::db::{Sql, Stop, users};
+use crate::db::{Sql, Stop, capsules, users};
 use crate::http::context::Context;
 use crate::http::handler::{Flow, Request, Response, Step};
 use serde_json::json;
@@ -112,6 +112,29 @@ pub fn rename(request: Request, context: &Arc<Context>) -> Flow {
             teams::rename(sql, &principal.team_id, &name)?;
             let event = Event::new(Some(&principal.team_id), "team.rename", &principal.team_id);
             Ok(audit::write(sql, &principal.actor, &event.with(json!({"name": name})))?)
+        })?;
+        Step::respond(Response::no_content())
+    })
+}
+
+/// Deletes a team, with the audit entry. Its capsules are destroyed behind the answer.
+pub(super) fn end(sql: &mut dyn Sql, principal: &Principal, team_id: &str) -> Result<(), Stop> {
+    let capsules = capsules::stop_all(sql, team_id)?;
+    teams::delete(sql, team_id)?;
+    let event = Event::new(Some(team_id), "team.delete", team_id).with(json!({"capsules": capsules}));
+    Ok(audit::write(sql, &principal.actor, &event)?)
+}
+
+/// `DELETE /v1/teams/{id}`.
+pub fn delete(request: Request, context: &Arc<Context>) -> Flow {
+    let context = Arc::clone(context);
+    Step::database(move |db| {
+        db.transaction(|sql| {
+            let principal = member(sql, &context, &request)?;
+            if principal.role != Role::Owner {
+                return Err(forbidden("only the owner may delete the team").into());
+            }
+            end(sql, &principal, &principal.team_id)
         })?;
         Step::respond(Response::no_content())
     })

@@ -274,15 +274,26 @@ pub fn ids_on_host(sql: &mut dyn Sql, host_id: &str) -> Result<Vec<String>, DbEr
     .collect()
 }
 
-/// The team's capsules that are there, with their hosts' addresses, for the team's end.
+/// Whose capsule it is; `None` when it is not on record.
 ///
 /// # Errors
 /// What the database says.
-pub fn live_of_team(sql: &mut dyn Sql, team_id: &str) -> Result<Vec<Capsule>, DbError> {
-    sql.rows(select!("c.team_id = $1 and c.status not in ('stopped', 'error') order by c.id"), &[&team_id])?
-        .iter()
-        .map(capsule)
-        .collect()
+pub fn team_of(sql: &mut dyn Sql, id: &str) -> Result<Option<String>, DbError> {
+    let row = sql.row("select team_id from capsules where id = $1", &[&id])?;
+    row.map(|row| column(&row, "team_id")).transpose()
+}
+
+/// Begins the end of all capsules of a team: the reconciler destroys what its hosts have.
+///
+/// # Errors
+/// What the database says.
+pub fn stop_all(sql: &mut dyn Sql, team_id: &str) -> Result<u64, DbError> {
+    sql.execute(
+        "update capsules set last_updated = now(),
+             status = case when host_id is null or status in ('error', 'missing') then 'stopped' else 'stopping' end
+         where team_id = $1 and status not in ('stopped', 'stopping')",
+        &[&team_id],
+    )
 }
 
 /// What the database knows of the capsules that should be on a host and of those that it says it has.

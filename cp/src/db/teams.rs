@@ -210,3 +210,12 @@ pub fn remove_member(sql: &mut dyn Sql, team_id: &str, user_id: &str) -> Result<
     sql.execute("delete from team_members where team_id = $1 and user_id = $2", &[&team_id, &user_id])?;
     Ok(())
 }
+
+/// Deletes a team: its members' tokens and its API keys are void from here on, its records stay.
+///
+/// # Errors
+/// What the database says.
+pub fn delete(sql: &mut dyn Sql, id: &str) -> Result<(), DbError> {
+    sql.execute("update teams set deleted_at = now() where id = $1 and deleted_at is null", &[&id])?;
+    Ok(())
+}

@@ -116,6 +116,19 @@ pub fn rename(sql: &mut dyn Sql, id: &str, name: &str) -> Result<(), DbError> {
     Ok(())
 }
 
+/// Closes an account: it cannot log in any more, its tokens are void, and its address is free.
+///
+/// # Errors
+/// What the database says.
+pub fn delete(sql: &mut dyn Sql, id: &str) -> Result<(), DbError> {
+    sql.execute(
+        "update users set status = 'deleted', deleted_at = now(), updated_at = now()
+         where id = $1 and status <> 'deleted'",
+        &[&id],
+    )?;
+    Ok(())
+}
+
 /// Ids and addresses of at most ten active accounts whose address starts with `prefix`, given in lower
 /// case.
 ///

@@ -256,9 +256,14 @@ fn commands_end_as_they_end() {
     let body = json(&team.post(&exec, r#"{"cmd":"x"}"#));
     assert_eq!((&body["encoding"], &body["stdout"]), (&json!("base64"), &json!("/wAB")));
 
-    let (status, code, message) = error(&team.post(&exec, r#"{"cmd":"no-such-program","cwd":"/srv"}"#));
+    assert_eq!(body.get("truncated"), None);
+    team.stage.hosts[0].dropped_bytes = 7;
+    let body = json(&team.post(&exec, r#"{"cmd":"x"}"#));
+    assert_eq!((&body["truncated"], &body["dropped_bytes"]), (&json!(true), &json!(7)));
+
+    let (status, code, message) = error(&team.post(&exec, r#"{"cmd":"no-such-program"}"#));
     assert_eq!((status, code.as_str()), (400, "invalid_request"));
-    assert!(message.contains("no-such-program") && message.contains("/srv"), "{message}");
+    assert_eq!(message, "command not found: no-such-program");
     for body in [
         "{}",
         r#"{"cmd":""}"#,

@@ -22,6 +22,8 @@ pub struct FakeHost {
     pub stdout: Vec<u8>,
     pub stderr: Vec<u8>,
     pub exited: ProcessExited,
+    /// Bytes of output that did not fit into the reply.
+    pub dropped_bytes: u64,
     /// The commands that were started.
     pub started: Vec<ProcessStart>,
     /// The kinds of the calls' first messages.
@@ -64,6 +66,7 @@ impl FakeHost {
             stdout: Vec::new(),
             stderr: Vec::new(),
             exited: ProcessExited { duration_ms: 5, ..ProcessExited::default() },
+            dropped_bytes: 0,
             started: Vec::new(),
             calls: Vec::new(),
         }
@@ -148,6 +151,7 @@ impl FakeHost {
                 if !wanted.detached {
                     reply.channels.insert(CHANNEL_STDOUT, self.stdout.clone());
                     reply.channels.insert(CHANNEL_STDERR, self.stderr.clone());
+                    reply.dropped_bytes = self.dropped_bytes;
                     push(&mut reply, &self.exited);
                 }
                 assert_eq!(

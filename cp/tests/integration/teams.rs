@@ -64,3 +64,37 @@ fn teams_are_made_and_people_found() {
     assert_eq!(json(&none), json!([]), "an underscore is no wildcard");
     assert_eq!(stage.request(Get, "/v1/users/search?email=adm", auth, "").status, 400);
 }
+
+#[test]
+fn a_team_and_an_account_end_with_what_they_have() {
+    let mut stage = Stage::new();
+    let admin = stage.person(ADMIN);
+    stage.add_host(&admin, "10.0.0.1:50051", 4096);
+    let owner = stage.person("owner@example.com");
+    let auth = ("authorization", owner.as_str());
+    let key = stage.api_key(&owner);
+    assert_eq!(stage.request(Post, "/v1/capsules", ("x-api-key", &key), "{}").status, 201);
+    let team = text(&json(&stage.request(Get, "/v1/teams", auth, ""))[0]["id"]);
+    stage.person("member@example.com");
+    let members = format!("/v1/teams/{team}/members");
+    let added = stage.request(Post, &members, auth, r#"{"email":"member@example.com"}"#);
+
+    let wrong = r#"{"confirmation":"somebody@example.com"}"#;
+    assert_eq!(stage.request(Delete, "/v1/me", auth, wrong).status, 400);
+    let right = r#"{"confirmation":"Owner@example.com"}"#;
+    assert_eq!(error(&stage.request(Delete, "/v1/me", auth, right)).1, "conflict");
+    let member = format!("{members}/{}", text(&json(&added)["user_id"]));
+    assert_eq!(stage.request(Delete, &member, auth, "").status, 204);
+    assert_eq!(stage.request(Delete, "/v1/me", auth, right).status, 204);
+
+    assert_eq!(stage.request(Get, "/v1/me", auth, "").status, 401);
+    assert_eq!(stage.request(Get, "/v1/capsules", ("x-api-key", &key), "").status, 401);
+    assert_eq!(stage.login("owner@example.com", crate::stage::PASSWORD).status, 401);
+    crate::postgres::client(&stage.url)
+        .execute("update capsules set last_updated = last_updated - interval '1 hour'", &[])
+        .expect("update");
+    stage.run_jobs();
+    assert!(stage.hosts[0].capsules.is_empty(), "its capsules are destroyed");
+    // The address is free again.
+    stage.person("owner@example.com");
+}
