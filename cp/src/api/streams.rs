@@ -24,6 +24,9 @@ const MAX_COMMAND_BYTES: usize = 65_000;
 const DEFAULT_SHELL: &str = "/bin/bash";
 const DEFAULT_COLUMNS: u16 = 80;
 const DEFAULT_ROWS: u16 = 24;
+/// The HTTP library of the public Python client, which takes a terminal's output as binary messages from
+/// the first one on. The API's description has it as base64, which is what others get.
+const BINARY_AGENT: &str = "python-httpx/";
 
 /// The routes of this file.
 pub fn routes() -> Vec<Route> {
@@ -140,13 +143,14 @@ fn process_stream(request: Request, context: &Arc<Context>) -> Flow {
 
 /// `GET /v1/capsules/{id}/pty`.
 fn pty(request: Request, context: &Arc<Context>) -> Flow {
-    with_capsule_on_websocket(request, context, |target| {
+    let is_binary = request.header("user-agent").is_some_and(|agent| agent.starts_with(BINARY_AGENT));
+    with_capsule_on_websocket(request, context, move |target| {
         Step::read_message(move |text| {
             let start = Start::parse(&text)?;
             match start.r#type.as_str() {
-                "start" => start_terminal(target, start),
+                "start" => start_terminal(target, start, is_binary),
                 "connect" if start.tag.is_empty() => Err(invalid("connect needs a tag")),
-                "connect" => watch_terminal(&target, start.tag),
+                "connect" => watch_terminal(&target, start.tag, is_binary),
                 _ => Err(invalid("the first message must be of type start or connect")),
             }
         })
@@ -154,7 +158,7 @@ fn pty(request: Request, context: &Arc<Context>) -> Flow {
 }
 
 /// Starts a terminal that outlives its WebSocket, then watches it from its first byte.
-fn start_terminal(target: Target, mut start: Start) -> Flow {
+fn start_terminal(target: Target, mut start: Start, is_binary: bool) -> Flow {
     if start.cmd.is_empty() {
         start.cmd = DEFAULT_SHELL.to_string();
     }
@@ -173,13 +177,13 @@ fn start_terminal(target: Target, mut start: Start) -> Flow {
         .until::<ProcessStarted>()
         .then(move |result| {
             result?;
-            watch_terminal(&target, start.tag)
+            watch_terminal(&target, start.tag, is_binary)
         })
 }
 
-fn watch_terminal(target: &Target, tag: String) -> Flow {
+fn watch_terminal(target: &Target, tag: String, is_binary: bool) -> Flow {
     let attach = ProcessAttach { selector: tag, from_byte: 0 };
-    Relay::websocket(target, &attach, TIMEOUT_MS, Terminal)
+    Relay::websocket(target, &attach, TIMEOUT_MS, Terminal::new(is_binary))
 }
 
 /// `POST /v1/capsules/{id}/files/write` and `files/stream/write`.

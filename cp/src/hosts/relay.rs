@@ -21,6 +21,8 @@ pub enum Action {
     Respond(Response),
     /// A text message to the WebSocket.
     Text(String),
+    /// A binary message to the WebSocket.
+    Binary(Vec<u8>),
     /// Ends the WebSocket with a code (RFC 6455 section 7.4) and a reason.
     Close(u16, String),
     /// An encoded message to the host.

@@ -127,6 +127,11 @@ impl Server {
                         ws.send_text(&text);
                     }
                 }
+                Action::Binary(bytes) => {
+                    if let Some(ws) = client.websocket() {
+                        ws.send_binary(&bytes);
+                    }
+                }
                 Action::Close(code, reason) => {
                     if let Some(ws) = client.websocket() {
                         ws.send_close(code, &reason);

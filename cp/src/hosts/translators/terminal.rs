@@ -1,4 +1,5 @@
-//! A terminal: `pty`. Its bytes are base64 in JSON, or binary WebSocket messages from the client.
+//! A terminal: `pty`. Its bytes are base64 in JSON, as the API describes it, or binary WebSocket messages,
+//! as its Python client wants them: output goes in the form in which input comes.
 
 use super::{ended_early, exited, failed, pong, refused, text};
 use crate::hosts::error::HostError;
@@ -13,7 +14,16 @@ const SIGKILL: u32 = 9;
 
 /// The translator of a terminal that is watched.
 #[derive(Debug, Default)]
-pub struct Terminal;
+pub struct Terminal {
+    is_binary: bool,
+}
+
+impl Terminal {
+    /// `is_binary` says the form of output until the first input.
+    pub fn new(is_binary: bool) -> Terminal {
+        Terminal { is_binary }
+    }
+}
 
 /// A size in a client's message: 1 to 65,535.
 fn cells(value: &Value, name: &str) -> Option<u16> {
@@ -33,7 +43,11 @@ impl Translator for Terminal {
     }
 
     fn data(&mut self, _channel: u8, bytes: &[u8], actions: &mut Vec<Action>) {
-        actions.push(text(&json!({"type": "output", "data": STANDARD.encode(bytes)})));
+        actions.push(if self.is_binary {
+            Action::Binary(bytes.to_vec())
+        } else {
+            text(&json!({"type": "output", "data": STANDARD.encode(bytes)}))
+        });
     }
 
     fn finished(&mut self, actions: &mut Vec<Action>) {
@@ -48,7 +62,10 @@ impl Translator for Terminal {
         let value: Value = serde_json::from_str(message).unwrap_or_default();
         actions.push(match value.get("type").and_then(Value::as_str) {
             Some("input") => match value.get("data").and_then(Value::as_str).map(|d| STANDARD.decode(d)) {
-                Some(Ok(bytes)) => Action::Data(CHANNEL_STDIN, bytes),
+                Some(Ok(bytes)) => {
+                    self.is_binary = false;
+                    Action::Data(CHANNEL_STDIN, bytes)
+                }
                 _ => refused("input needs data in base64"),
             },
             Some("resize") => match (cells(&value, "cols"), cells(&value, "rows")) {
@@ -64,6 +81,7 @@ impl Translator for Terminal {
     }
 
     fn client_binary(&mut self, bytes: &[u8], actions: &mut Vec<Action>) {
+        self.is_binary = true;
         actions.push(Action::Data(CHANNEL_STDIN, bytes.to_vec()));
     }
 }
@@ -74,7 +92,7 @@ mod tests {
 
     #[test]
     fn a_terminal_session() {
-        let mut terminal = Terminal;
+        let mut terminal = Terminal::default();
         let mut actions = Vec::new();
         let mut body = Vec::new();
         ProcessAttached { pid: 7, tag: "pty-1".into(), from_byte: 0 }.encode(&mut body);
@@ -92,5 +110,8 @@ mod tests {
         assert_eq!(actions[4], Action::Send(encode(&TerminalResize { columns: 120, rows: 40 })));
         assert!(matches!(&actions[5], Action::Text(t) if t.contains("error")));
         assert!(matches!(&actions[6], Action::Send(_)));
+        actions.clear();
+        terminal.data(3, b"$ ", &mut actions);
+        assert_eq!(actions, [Action::Binary(b"$ ".to_vec())]);
     }
 }
