@@ -239,7 +239,11 @@ pub fn check(
         report.fail(Class::LicenceDenied, &name, format!("{text}: the allow list cannot satisfy it"));
     }
     let declared = expression.licences();
-    let base = |licence: &str| licence.split(" WITH ").next().unwrap_or_default().to_owned();
+    // "GPL" in a text is any of its versions in the metadata.
+    let covers = |declared: &str, found: &str| {
+        let base = declared.split(" WITH ").next().unwrap_or_default();
+        base == found || base.strip_prefix(found).is_some_and(|rest| rest.starts_with('-'))
+    };
     let mut seen = BTreeSet::new();
     let mut files = Vec::new();
     for (path, data) in archive.files().filter(|(path, _)| is_licence_file(path, manifest)) {
@@ -252,10 +256,7 @@ pub fn check(
             report.fail(Class::LicenceMismatch, &name, reason);
         }
         for licence in &found {
-            if !declared
-                .iter()
-                .any(|declared| base(declared) == *licence || declared.starts_with(&format!("{licence}-")))
-            {
+            if !declared.iter().any(|declared| covers(declared, licence)) {
                 let reason = format!("{path} has the text of {licence}, the metadata says {text}");
                 report.fail(Class::LicenceMismatch, &name, reason);
             }
@@ -263,7 +264,7 @@ pub fn check(
         seen.extend(found.iter().map(|licence| (*licence).to_owned()));
         files.push(path.to_owned());
     }
-    let has_text = seen.iter().any(|licence| declared.iter().any(|declared| base(declared) == *licence));
+    let has_text = seen.iter().any(|licence| declared.iter().any(|declared| covers(declared, licence)));
     if !has_text && clarified(None, None).is_none() {
         report.fail(Class::LicenceMissing, &name, format!("its archive has no text of {text}"));
     }

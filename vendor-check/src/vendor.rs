@@ -82,16 +82,19 @@ fn compare_crate(root: &Path, archive: &Archive) -> Vec<Finding> {
     let crate_name = format!("vendor/{}", archive.id.directory());
     let Some(entries) = report.take(files::walk(root, &|_| false)) else { return report.findings };
     let mut missing: BTreeSet<&str> = archive.files().map(|(path, _)| path).collect();
-    let mut folded: BTreeMap<String, &str> = BTreeMap::new();
     let directories: BTreeSet<&str> = archive
         .files()
         .flat_map(|(path, _)| path.match_indices('/').map(move |(slash, _)| &path[..slash]))
         .collect();
+    let folded: BTreeMap<String, &str> =
+        missing.iter().chain(&directories).map(|path| (path.to_lowercase(), *path)).collect();
     for entry in &entries {
         let path = entry.path.as_str();
         let subject = format!("{crate_name}/{path}");
-        if let Some(other) = folded.insert(path.to_lowercase(), path) {
-            report.fail(Class::CaseCollision, &subject, format!("it differs from {other} only in case"));
+        let listed = archive.file(path).is_some() || directories.contains(path);
+        if let Some(other) = folded.get(&path.to_lowercase()).filter(|_| !listed) {
+            report.fail(Class::CaseCollision, subject, format!("it differs from {other} only in case"));
+            continue;
         }
         match entry.kind {
             Kind::Directory if directories.contains(path) => {}
@@ -121,7 +124,6 @@ fn compare_crate(root: &Path, archive: &Archive) -> Vec<Finding> {
             }
             Kind::File(_) if path == CHECKSUM_FILE => {
                 report.findings.extend(check_checksum_file(&root.join(path), &subject, archive));
-                folded.insert(CHECKSUM_FILE.to_owned(), CHECKSUM_FILE);
             }
             Kind::File(length) => {
                 missing.remove(path);
