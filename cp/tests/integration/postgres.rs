@@ -104,15 +104,40 @@ fn url(directory: &Path, name: &str) -> String {
     format!("postgresql://wrenn@{}/{name}", directory.display().to_string().replace('/', "%2F"))
 }
 
+fn server() -> &'static Server {
+    static SERVER: OnceLock<Server> = OnceLock::new();
+    SERVER.get_or_init(start)
+}
+
+fn create(template: &str) -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let directory = &server().directory;
+    let name = format!("test_{}", NEXT.fetch_add(1, Ordering::Relaxed));
+    let mut client = client(&url(directory, "postgres"));
+    let statement = format!("create database {name} template {template}");
+    let deadline = Instant::now() + START_LIMIT;
+    // A database can be copied only once the connection of whoever filled it is really gone.
+    while let Err(error) = client.batch_execute(&statement) {
+        assert!(Instant::now() < deadline, "{statement}: {error}");
+        std::thread::sleep(POLL);
+    }
+    name
+}
+
 /// The URL of a new, empty database.
 pub fn new_database() -> String {
-    static SERVER: OnceLock<Server> = OnceLock::new();
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let server = SERVER.get_or_init(start);
-    let name = format!("test_{}", NEXT.fetch_add(1, Ordering::Relaxed));
-    let mut client = client(&url(&server.directory, "postgres"));
-    client.batch_execute(&format!("create database {name} template template0")).expect("create database");
-    url(&server.directory, &name)
+    url(&server().directory, &create("template0"))
+}
+
+/// The URL of a new database that holds what `fill` put into the first one.
+pub fn new_filled_database(fill: impl FnOnce(&str)) -> String {
+    static FILLED: OnceLock<String> = OnceLock::new();
+    let template = FILLED.get_or_init(|| {
+        let name = create("template0");
+        fill(&url(&server().directory, &name));
+        name
+    });
+    url(&server().directory, &create(template))
 }
 
 /// A plain client, for what tests do behind the program's back.
