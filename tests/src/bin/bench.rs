@@ -109,7 +109,8 @@ fn bare_boot(stack: &Stack) -> Result<Duration> {
     let mut command =
         Command::new(std::env::var("WRENN_QEMU_BIN").unwrap_or_else(|_| "qemu-system-x86_64".into()));
     command
-        .args(["-M", "q35,sata=off,smbus=off,vmport=off,usb=off,graphics=off", "-accel", "tcg,thread=multi"])
+        .args(["-M", "q35,sata=off,smbus=off,vmport=off,usb=off,graphics=off"])
+        .args(["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "Nehalem", "-bios", "qboot.rom"])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-m", "512"])
         .arg("-kernel")
         .arg(file_in(&kernels, "vmlinux")?)
@@ -118,11 +119,13 @@ fn bare_boot(stack: &Stack) -> Result<Duration> {
         .arg("-append")
         .arg(
             "console=ttyS0 quiet loglevel=1 mitigations=off tsc=reliable no_timer_check reboot=t panic=-1 \
-             random.trust_cpu=on root=/dev/vda rw wrenn.announce",
+             random.trust_cpu=on root=/dev/vda rw cryptomgr.notests noreplace-smp init_on_alloc=0 \
+             wrenn.announce",
         )
         .arg("-drive")
         .arg(format!("file={},if=none,id=d0,format=raw,snapshot=on", image.display()))
-        .args(["-device", "virtio-blk-pci,drive=d0", "-device", "virtio-rng-pci", "-serial", "stdio"])
+        .args(["-device", "virtio-blk-pci,drive=d0,disable-legacy=on"])
+        .args(["-device", "virtio-rng-pci,disable-legacy=on", "-serial", "stdio"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null());

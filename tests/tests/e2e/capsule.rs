@@ -254,6 +254,16 @@ fn the_guest_reaches_nothing_by_default(context: &mut Context) -> Result<Outcome
 fn capsules_are_apart(context: &mut Context) -> Result<Outcome> {
     let first = context.capsule()?;
     let second = context.create(&json!({"memory_mb": 256, "vcpus": 2}))?;
+    let checked = check_apart(context, &first, &second);
+    context.destroy(&second)?;
+    checked?;
+    let answer = context.exec(&second, &json!({"cmd": "/bin/true"}))?;
+    ensure!(answer.status == 404 || answer.status == 409, "exec in a destroyed capsule: {}", answer.status);
+    ensure!(context.shell(&first, "echo still here")? == "still here", "the first one went too");
+    Ok(Outcome::Passed)
+}
+
+fn check_apart(context: &Context, first: &str, second: &str) -> Result<()> {
     ensure!(
         context.shell(second, "ls /var/tmp/kept 2>/dev/null || echo none")? == "none",
         "the disk is shared"
