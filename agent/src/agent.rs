@@ -193,7 +193,8 @@ impl Agent {
             Some(Source::Capsule(key, source)) => {
                 self.on_capsule_ready(key, source, token, readable, writable);
             }
-            Some(Source::Waker) | None => {}
+            // The workers' waker, whose reports are looked for in every turn, or something closed by now.
+            None => {}
         }
     }
 

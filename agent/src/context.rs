@@ -27,8 +27,6 @@ pub type PeerId = u64;
 pub enum Source {
     /// The listener for control planes.
     Listener,
-    /// A worker has finished a job.
-    Waker,
     /// A signal has come.
     Signals,
     /// A control plane's connection.

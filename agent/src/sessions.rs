@@ -20,6 +20,7 @@ const ACCEPT_BUDGET: usize = 16;
 const PUMP_BUDGET: usize = 4096;
 
 impl Agent {
+    /// Takes the connections that wait, up to a budget.
     pub(crate) fn accept_peers(&mut self) {
         if !self.listener_ready {
             return;
@@ -42,8 +43,8 @@ impl Agent {
                 log::debug!("connection from {address} refused: shutting down");
                 continue;
             }
-            if self.peers.len() >= MAX_PEERS {
-                log::warn!("connection from {address} refused: {MAX_PEERS} are open");
+            if self.peers.len() >= MAX_PEERS && !self.drop_oldest_stranger() {
+                log::warn!("connection from {address} refused: {MAX_PEERS} control planes are connected");
                 continue;
             }
             let id = self.next_peer;
@@ -66,6 +67,16 @@ impl Agent {
             self.peers.insert(id, peer);
             self.mark(Dirty::Peer(id));
         }
+    }
+
+    /// Closes the connection that has been without proof of who it is for longest, so that strangers who
+    /// connect and say nothing cannot keep control planes out. False when there is none.
+    fn drop_oldest_stranger(&mut self) -> bool {
+        let stranger = self.peers.iter().find(|(_, peer)| !peer.link.session.is_ready());
+        let Some((id, address)) = stranger.map(|(id, peer)| (*id, peer.address)) else { return false };
+        log::warn!("connection from {address} closed: {MAX_PEERS} are open and it has not said who it is");
+        self.close_peer(id);
+        true
     }
 
     /// Reads, deals with and writes everything that sessions have, up to a budget; what is left has its

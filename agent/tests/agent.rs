@@ -6,7 +6,7 @@ mod common;
 use common::{Agent, Client, PATIENCE, Place, SECRET, creation, free_address, guest_directory};
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 use std::sync::mpsc::{Receiver, channel};
@@ -18,6 +18,8 @@ use wire::message::{
     HealthReply, HostStatus, HostStatusReply, Message,
 };
 use wire::session::Event;
+use wrenn_agent::capsule::FIRST_UID;
+use wrenn_agent::net::{CapsuleNetwork, Policy, Slot};
 
 /// A kernel for tests without a guest: present, but nothing that runs.
 fn with_files(place: &Place, kernel: &[u8]) {
@@ -138,7 +140,11 @@ fn only_the_control_plane_gets_in() {
         let error = stranger.end();
         assert!(error.to_string().contains("secret is wrong"), "{identity}: {error}");
     }
-    agent.client();
+    // Nor do strangers who say nothing keep it out.
+    let strangers: Vec<_> = (0..80).map(|_| TcpStream::connect(agent.address).expect("connected")).collect();
+    let mut cp = agent.client();
+    assert_eq!(strangers.len(), 80);
+    cp.ask::<_, HealthReply>(&Health {}).expect("health");
     assert!(agent.terminate().success());
 }
 
@@ -287,6 +293,37 @@ fn a_guest_that_never_comes_up_fails_by_its_deadline_with_nothing_left() {
     cp.ask::<_, HealthReply>(&Health {}).expect("health");
     assert_nothing_left(&place);
     assert!(agent.terminate().success());
+}
+
+#[test]
+fn a_slot_that_is_somebody_elses_is_left_alone() {
+    let place = Place::new(13);
+    with_files(&place, &spinning_kernel());
+    let agent = Agent::start(&place);
+    // Made after the agent has looked: two slots that it believes to be free.
+    let others: Vec<CapsuleNetwork> = (0..2)
+        .map(|n| {
+            let slot = Slot::new(place.first_slot + n).expect("a slot");
+            CapsuleNetwork::create(slot, Policy::default()).expect("made").0
+        })
+        .collect();
+    let mut cp = agent.client();
+    let stream = cp.session.open(&creation("cl-third"), true).expect("opened");
+    let end = Instant::now() + PATIENCE;
+    while place.machines().is_empty() {
+        cp.ask::<_, HealthReply>(&Health {}).expect("health");
+        assert!(Instant::now() < end, "no machine");
+    }
+    let info: CapsuleInfo = cp.ask(&CapsuleGet { capsule_id: "cl-third".into() }).expect("known");
+    let third = Slot::new(place.first_slot + 2).expect("a slot");
+    assert_eq!(info.host_ip, third.host_ip().to_string());
+    let status = fs::read_to_string(format!("/proc/{}/status", place.machines()[0])).expect("status");
+    assert!(status.contains(&format!("Uid:\t{}", FIRST_UID + third.index())), "{status}");
+    cp.session.reset(stream, Code::Cancelled, "enough");
+    assert!(agent.terminate().success());
+    assert_eq!(place.remains().len(), 4, "the others' namespaces and links: {:?}", place.remains());
+    others.into_iter().for_each(|other| other.destroy().expect("destroyed"));
+    assert_eq!(place.remains(), Vec::<String>::new());
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use super::failure::Failure;
 use super::lifecycle::{Event, Part};
 use super::machine::{KILL_TIMEOUT_MS, MachineFailure};
-use super::{Capsule, CapsuleTimer, GuestLink, MIB, Source, record};
+use super::{Capsule, CapsuleTimer, FIRST_UID, GuestLink, MIB, Source, record};
 use crate::context::{Context, Report, Source as LoopSource, TimerKey};
 use crate::disk::{Disk, DiskError, DiskSpec};
 use crate::net::{CapsuleNetwork, NetError, Policy, Tap, destroy_remains};
@@ -14,7 +14,7 @@ use std::io;
 use wire::message::CapsuleState;
 
 /// Other slots that are tried when one turns out to be somebody else's.
-const MAX_NETWORK_ATTEMPTS: u32 = 16;
+const MAX_NETWORK_ATTEMPTS: u32 = 256;
 
 /// What a job of a capsule reports.
 #[derive(Debug)]
@@ -207,7 +207,9 @@ impl Capsule {
                 log::warn!("capsule {}: {name} is somebody else's, trying another slot", self.spec.id);
                 self.slot = ctx.slots.allocate();
                 match self.slot {
-                    Some(_) => {
+                    Some(slot) => {
+                        // The other's VMM may run as the user of that slot.
+                        self.record.uid = FIRST_UID + slot.index();
                         self.make_network(ctx);
                         None
                     }

@@ -41,7 +41,7 @@ use wire::session::StreamId;
 /// A capsule's number in this run of the agent, never used twice.
 pub type CapsuleKey = u64;
 
-/// The user and group ids of VMMs: this plus the capsule's first slot. The range is free on a Debian
+/// The user and group ids of VMMs: this plus the capsule's slot. The range is free on a Debian
 /// system and with systemd (its "Users, Groups, UIDs and GIDs"), subordinate ids included.
 pub const FIRST_UID: u32 = 2_000_000_000;
 /// The most requests that may wait for the end of one capsule.
