@@ -219,19 +219,19 @@ fn serve(
 }
 
 #[test]
-fn a_killed_machine_is_noticed_and_its_log_stays_bounded() {
+fn a_guest_finds_its_processors_and_a_killed_machine_is_noticed() {
     let Some(files) = files() else { return };
     let Some(check) = support::Machine::take() else { return };
     let qemu = Qemu::find(None).expect("QEMU");
     let (capsule, tap) = Capsule::new("killed", &files.image);
-    // A kernel that talks.
+    // A kernel that talks, and says how many processors it has found.
     let talkative = COMMAND_LINE.replace("quiet loglevel=1", "earlyprintk=ttyS0 loglevel=8");
-    let mut machine =
-        qemu.start(&capsule.spec(&files, &talkative), tap, capsule.network.namespace()).expect("started");
+    let spec = MachineSpec { vcpus: 2, ..capsule.spec(&files, &talkative) };
+    let mut machine = qemu.start(&spec, tap, capsule.network.namespace()).expect("started");
     let log = capsule.directory.join("serial.log");
-    pump_until(&mut machine, |_, _| {
-        fs::read_to_string(&log).is_ok_and(|text| text.contains("Linux version"))
-    });
+    let log = || fs::read(&log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+    pump_until(&mut machine, |_, _| log().contains("smp: Brought up"));
+    assert!(log().contains("2 CPUs"), "{}", log());
     machine.kill().expect("killed");
     assert_eq!(machine.wait(10_000).expect("waited"), Some(Exit::Signal(9)));
     let logs = ["serial.log", "serial.log.1"]

@@ -9,7 +9,6 @@
 //! - [`memfd`]: files that exist only in memory
 //! - [`reflink`]: copies that share their blocks
 //! - [`kvm`]: just enough of KVM to find out whether it works
-//! - [`tsc`]: the processor's time stamp counter
 //! - [`random`]: the kernel's random numbers
 //! - [`signals`]: signals as a descriptor
 //! - [`resources`]: disk space and open files
@@ -24,7 +23,6 @@ pub mod resources;
 pub mod rtnetlink;
 pub mod signals;
 pub mod spawn;
-pub mod tsc;
 pub mod tun;
 
 use std::io;

@@ -14,7 +14,6 @@ use crate::net::Tap;
 use crate::sys::memfd::{self, Capture};
 use crate::sys::pidfd::Process;
 use crate::sys::spawn::{Confinement, Identity, spawn};
-use crate::sys::tsc;
 use arguments::{DiskFds, Inputs};
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -51,8 +50,8 @@ enum Accelerator {
     },
     /// QEMU itself, translating: everywhere, and ten times slower.
     Tcg {
-        /// The frequency of the host's time stamp counter, which the guest reads as its own.
-        tsc_khz: Option<u64>,
+        /// Whether this QEMU comes with the small firmware.
+        qboot: bool,
     },
 }
 
@@ -78,23 +77,14 @@ impl Qemu {
                 .find(|path| path.is_file())
                 .ok_or_else(|| VmmError::NoQemu { searched: DIRECTORIES.join(", ") })?,
         };
-        let output = Command::new(&program)
-            .arg("--version")
-            .env_clear()
-            .stdin(Stdio::null())
-            .output()
-            .map_err(system("running", &program))?;
-        let says = String::from_utf8_lossy(&output.stdout).into_owned();
+        let says = ask(&program, &["--version"])?;
         let Some(version) = parse_version(&says) else {
             let says = says.chars().take(QUOTED_CHARS).collect();
             return Err(VmmError::WrongQemu { program, says });
         };
         let (accelerator, why_not_kvm) = match probe::kvm() {
             Ok(access) => (Accelerator::Kvm { group: access.group }, None),
-            Err(reason) => {
-                let tsc_khz = tsc::frequency_khz().map_err(system("measuring the clock for", &program))?;
-                (Accelerator::Tcg { tsc_khz }, Some(reason))
-            }
+            Err(reason) => (Accelerator::Tcg { qboot: has_qboot(&program)? }, Some(reason)),
         };
         Ok(Qemu { program, version, accelerator, why_not_kvm })
     }
@@ -186,6 +176,19 @@ impl Qemu {
         let identity = Some(Identity { uid: spec.uid, gid: spec.gid });
         Confinement { namespace: Some(namespace), identity, groups, inherit }
     }
+}
+
+/// What the program prints.
+fn ask(program: &Path, arguments: &[&str]) -> Result<String, VmmError> {
+    let mut command = Command::new(program);
+    let output = command.args(arguments).env_clear().stdin(Stdio::null()).output();
+    Ok(String::from_utf8_lossy(&output.map_err(system("running", program))?.stdout).into_owned())
+}
+
+/// Whether the small firmware is in one of the directories in which QEMU looks for its own files.
+fn has_qboot(program: &Path) -> Result<bool, VmmError> {
+    let directories = ask(program, &["-L", "help"])?;
+    Ok(directories.lines().any(|directory| Path::new(directory).join(arguments::SMALL_FIRMWARE).is_file()))
 }
 
 /// `7.2.22` of `QEMU emulator version 7.2.22 (Debian ...)`, when that is new enough.
