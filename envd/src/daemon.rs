@@ -11,7 +11,7 @@ use crate::process::Supervisor;
 use crate::process::request::Defaults;
 use crate::process::supervisor::Shell;
 use crate::sys::epoll::{Epoll, Ready};
-use crate::sys::{Errno, Fd, boot, clock, credentials, fd, signal, socket};
+use crate::sys::{Errno, Fd, boot, cgroup, clock, credentials, fd, signal, socket};
 use crate::token::{Token, Way};
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -73,6 +73,8 @@ impl Daemon {
             .map_err(|errno| StartError { step: alloc::format!("listen on {listen}"), errno: Some(errno) })?;
         during(epoll.add(&listener, libc::EPOLLIN, Token::Listener.pack()), "watch the listening socket")?;
         during(epoll.add(&signals, libc::EPOLLIN, Token::Signals.pack()), "watch for signals")?;
+        // Only in a guest is the control group file system envd's to arrange.
+        let group = if verifier_file.is_none() { cgroup::make() } else { None };
         let now_ms = clock::monotonic_ms();
         let (gate, identity) = match verifier_file {
             Some(path) => {
@@ -88,7 +90,7 @@ impl Daemon {
         Ok(Daemon {
             epoll,
             connections: Connections::default(),
-            supervisor: Supervisor::default(),
+            supervisor: Supervisor::new(group),
             files: Files::default(),
             ports: Ports::default(),
             own_port: listen.port(),

@@ -135,6 +135,6 @@ pub fn start_time_service() -> Result<(), BootError> {
         switch_user: false,
     };
     // A missing chronyd ends the child; the guest then keeps its own time.
-    spawn::spawn(&plan, [&null, &null, &null]).during("start chronyd")?;
+    spawn::spawn(&plan, [&null, &null, &null], None).during("start chronyd")?;
     Ok(())
 }

@@ -63,9 +63,16 @@ pub struct Supervisor {
     left_over: BTreeMap<u32, Fd>,
     next_key: ProcessKey,
     next_left_over: u32,
+    /// The control group of everything that is started.
+    group: Option<Fd>,
 }
 
 impl Supervisor {
+    /// No processes yet; those to come are started into a control group where one is given.
+    pub fn new(group: Option<Fd>) -> Supervisor {
+        Supervisor { group, ..Supervisor::default() }
+    }
+
     /// How many processes run.
     pub fn running(&self) -> usize {
         self.by_pid.len()
@@ -94,8 +101,9 @@ impl Supervisor {
         }
         let (plan, user) = request::plan(start, defaults)?;
         let ends = Ends::open(start, user.uid).map_err(|e| request::errno_error("cannot open a pipe", e))?;
-        let started = spawn::spawn(&plan, [&ends.child[0], &ends.child[1], &ends.child[2]])
-            .map_err(|e| request::errno_error("cannot start a process", e))?;
+        let started =
+            spawn::spawn(&plan, [&ends.child[0], &ends.child[1], &ends.child[2]], self.group.as_ref())
+                .map_err(|e| request::errno_error("cannot start a process", e))?;
         let limit = if start.detached { DETACHED_RING } else { FOREGROUND_RING };
         let id = self.next_key;
         self.next_key += 1;

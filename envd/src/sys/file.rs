@@ -211,6 +211,11 @@ pub fn read_file(path: &CStr, limit: usize) -> Result<Vec<u8>, Errno> {
     Ok(content)
 }
 
+/// Writes to a file that is there: a setting of the kernel's.
+pub fn write_existing(path: &CStr, content: &[u8]) -> Result<(), Errno> {
+    open(CURRENT, path, libc::O_WRONLY, 0)?.write_all(content)
+}
+
 /// Replaces the content of a small file, which is made with `mode` when it is not there.
 pub fn write_file(path: &CStr, content: &[u8], mode: u32) -> Result<(), Errno> {
     let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_TRUNC;

@@ -17,9 +17,11 @@
 //! | [`boot`] | mounts, modules, host name, power |
 //! | [`link`] | addresses and routes by ioctl |
 //! | [`memory`] | pages |
+//! | [`cgroup`] | the group of all processes |
 //! | [`clock`] | clocks and randomness |
 
 pub mod boot;
+pub mod cgroup;
 pub mod clock;
 pub mod credentials;
 pub mod epoll;

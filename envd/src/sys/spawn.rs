@@ -60,8 +60,52 @@ pub struct Started {
     pub report: Fd,
 }
 
-/// Starts a process with the three descriptors as its standard ones.
-pub fn spawn(plan: &Plan, stdio: [&Fd; 3]) -> Result<Started, Errno> {
+/// The flag that makes use of `cgroup` (include/uapi/linux/sched.h).
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// `struct clone_args` up to the control group (include/uapi/linux/sched.h).
+#[repr(C)]
+#[derive(Default)]
+struct CloneArguments {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// Forks, into a control group where one is given. When the group is full the child is made outside of it:
+/// it may be what is needed to clean up.
+///
+/// # Safety
+/// The child runs on a copy of the caller's stack and memory; it must make system calls only.
+unsafe fn fork(group: Option<&Fd>) -> Result<usize, Errno> {
+    if let Some(group) = group {
+        let arguments = CloneArguments {
+            flags: CLONE_INTO_CGROUP,
+            exit_signal: libc::SIGCHLD as u64,
+            cgroup: group.raw() as u64,
+            ..CloneArguments::default()
+        };
+        // SAFETY: the struct lives for the call, which takes its length; without a stack of its own the
+        // child is a fork. The caller answers for what the child does.
+        let result = unsafe { syscall!(libc::SYS_clone3, &raw const arguments, size_of::<CloneArguments>()) };
+        if result.is_ok() {
+            return result;
+        }
+    }
+    // SAFETY: as above.
+    unsafe { syscall!(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) }
+}
+
+/// Starts a process with the three descriptors as its standard ones, in a control group where one is given.
+pub fn spawn(plan: &Plan, stdio: [&Fd; 3], group: Option<&Fd>) -> Result<Started, Errno> {
     let argv = pointers(&plan.argv);
     let environment = pointers(&plan.environment);
     // For a script without an interpreter line: `/bin/sh`, the script, its arguments.
@@ -70,9 +114,9 @@ pub fn spawn(plan: &Plan, stdio: [&Fd; 3]) -> Result<Started, Errno> {
     shell_argv.extend_from_slice(&argv);
     let (report, child_report) = pipe(libc::O_NONBLOCK)?;
     let numbers = [stdio[0].raw(), stdio[1].raw(), stdio[2].raw()];
-    // SAFETY: fork without a new stack: the child runs on a copy of this one. All signals are blocked in
-    // both. The child makes system calls only, on memory that was prepared here, and never returns.
-    let pid = unsafe { syscall!(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) }?;
+    // SAFETY: all signals are blocked in parent and child. The child makes system calls only, on memory
+    // that was prepared here, and never returns.
+    let pid = unsafe { fork(group) }?;
     if pid == 0 {
         let (step, errno) = child(plan, &argv, &environment, &mut shell_argv, numbers);
         let code = errno.0.to_ne_bytes();
