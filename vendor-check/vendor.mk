@@ -84,3 +84,19 @@ reproducible-build:
 	$(call build-release,$(OFFLINE_CARGO),--frozen --offline)
 	@for program in $(RELEASE_BINARIES); do \
 		$(VENDOR_CHECK) embed $$program $(BUILDS)/$${program##*/} || exit; done
+
+# make release KEY=FILE VERSION=X: everything that an operator gets, with its signed manifest.
+RELEASE := dist/release
+.PHONY: release
+release: rootfs sbom ## programs, images, SBOMs, sources and signed manifest (KEY=FILE VERSION=X)
+	@test -n "$(KEY)" -a -n "$(VERSION)" || { echo 'say make release KEY=FILE VERSION=X; the key is 32 bytes or more, mode 0600' >&2; exit 1; }
+	rm -rf $(RELEASE) && mkdir -p $(RELEASE)/guest
+	cp $(addprefix $(BUILDS)/,$(SHIPPED)) dist/NOTICE LICENSE $(RELEASE)/
+	cp -r dist/sbom $(RELEASE)/
+	cp -rL $(GUEST)/kernels $(GUEST)/images $(RELEASE)/guest/
+	vendor-check/toolchain.sh >$(RELEASE)/toolchain.txt
+	git archive --format=tar --prefix=wrenn/ HEAD >$(RELEASE)/wrenn-source.tar
+	tar -r -f $(RELEASE)/wrenn-source.tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner \
+		--transform 's,^,wrenn/,' vendor dist/crates dist/vendored
+	$(VENDOR_CHECK) release-manifest $(RELEASE) --key "$(KEY)" --release "$(VERSION)" --inputs $(RELEASE)
+	$(VENDOR_CHECK) verify-release $(RELEASE) --key "$(KEY)"

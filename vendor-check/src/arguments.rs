@@ -33,8 +33,6 @@ pub struct Arguments {
     pub command: String,
     /// What follows it.
     pub operands: Vec<PathBuf>,
-    /// Whether the report is JSON.
-    pub json: bool,
     options: BTreeMap<String, PathBuf>,
 }
 
@@ -51,11 +49,10 @@ impl Arguments {
         let mut words = words;
         let mut positional = Vec::new();
         let mut options = BTreeMap::new();
-        let mut json = false;
         while let Some(word) = words.next() {
             let text = word.to_string_lossy().into_owned();
             match text.strip_prefix("--") {
-                Some("json") => json = true,
+                Some("json") => {}
                 Some(name) if WITH_VALUE.contains(&name) => {
                     let value = words.next().ok_or_else(|| usage(&text, "it needs a value"))?;
                     if options.insert(name.to_owned(), PathBuf::from(value)).is_some() {
@@ -70,7 +67,7 @@ impl Arguments {
             return Err(usage("command", "there is none"));
         }
         let command = positional.remove(0).to_string_lossy().into_owned();
-        Ok(Self { command, operands: positional, json, options })
+        Ok(Self { command, operands: positional, options })
     }
 
     /// An operand that must be there.

@@ -48,7 +48,8 @@ fn main() -> ExitCode {
     let started = Instant::now();
     let mut report = Report::default();
     let arguments = Arguments::parse(std::env::args_os().skip(1));
-    let json = arguments.as_ref().is_ok_and(|arguments| arguments.json);
+    // Also for words that are not understood.
+    let json = std::env::args_os().any(|word| word == "--json");
     match arguments {
         Ok(arguments) => {
             if let Err(finding) = run(&arguments, &mut report) {

@@ -1,14 +1,12 @@
 //! The tamper corpus: every attack that vendor-check claims to stop, each on a fresh workspace, with
 //! the exit code of its own class and a message that names the file and the reason.
 
-mod support;
-
 use std::collections::BTreeSet;
 use std::fs;
 use std::process::Command;
 
+use crate::support::{Fixture, outcome, text};
 use serde_json::json;
-use support::{Fixture, outcome, text};
 use vendor_check::codec::{hex, sha256};
 use vendor_check::failure::Class;
 
@@ -71,11 +69,11 @@ const ATTACKS: &[Attack] = &[
         f.check()
     }),
     ("lock-git-source", Class::LockSource, "dep 1.0.0", |f| {
-        f.replace("Cargo.lock", support::REGISTRY, "git+https://example.invalid/dep?rev=1#1");
+        f.replace("Cargo.lock", crate::support::REGISTRY, "git+https://example.invalid/dep?rev=1#1");
         f.check()
     }),
     ("lock-other-registry", Class::LockSource, "dep 1.0.0", |f| {
-        f.replace("Cargo.lock", support::REGISTRY, "registry+https://example.invalid/index");
+        f.replace("Cargo.lock", crate::support::REGISTRY, "registry+https://example.invalid/index");
         f.check()
     }),
     ("lock-path-source", Class::LockSource, "dep 1.0.0", |f| {
@@ -146,7 +144,7 @@ const ATTACKS: &[Attack] = &[
     }),
     ("archive-other-bytes", Class::ArchiveHash, "dep-1.0.0.crate", |f| {
         f.set_entry("src/lib.rs", "pub fn word() -> &'static str { \"evil\" }\n");
-        let bytes = support::pack(&f.entries);
+        let bytes = crate::support::pack(&f.entries);
         f.write(ARCHIVE, bytes);
         f.revendor();
         f.check()

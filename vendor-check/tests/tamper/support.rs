@@ -120,11 +120,11 @@ impl Fixture {
         fixture.write("judgements/offline.toml", offline);
         fixture.relock();
         fixture.revendor();
-        fixture.write("judgements/policy.json", &fixture.policy(&BTreeMap::new()).to_string());
+        fixture.write("judgements/policy.json", fixture.policy(&BTreeMap::new()).to_string());
         fixture.judge(true);
         fixture.write(
             "judgements/advisories.json",
-            &json!({
+            json!({
                 "format": "advisory-snapshot 1", "source": "test", "date": "2026-05-20", "sequence": 7,
                 "advisories": [{ "id": "TEST-1", "package": "dep", "title": "old ones leak",
                                  "patched": [">=1.0.0"], "unaffected": [] }],
@@ -134,13 +134,13 @@ impl Fixture {
         fixture.write("release/kernel", "kernel\n");
         fixture.write(
             "judgements/inputs.json",
-            &json!({ "format": 1, "inputs": [{
+            json!({ "format": 1, "inputs": [{
                 "name": "kernel", "version": "6.1", "path": "kernel", "source": "test", "required": true,
                 "sha256": sha256(b"kernel\n"), "known_bad": [{ "version": "5.0", "reason": "old" }],
             }]})
             .to_string(),
         );
-        fixture.write("key", &"k".repeat(40));
+        fixture.write("key", "k".repeat(40));
         fixture.set_mode("key", 0o600);
         fixture
     }
@@ -327,6 +327,7 @@ impl Fixture {
     /// A binary of the name that the policy has, with its list inside.
     pub fn embedded(&self) {
         self.write("in/app", fs::read(program()).expect("program"));
+        self.set_mode("in/app", 0o755);
         self.write("out/none", "");
         let (from, to) = (self.path("in/app"), self.path("out/app"));
         let outcome = outcome(self.run(&["embed", text(&from), text(&to)]));
