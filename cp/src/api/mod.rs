@@ -82,3 +82,31 @@ pub fn routes() -> Vec<Route> {
     routes.extend(streams::routes());
     routes
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn openapi_yaml_describes_exactly_what_is_routed() {
+        let methods = ["get", "post", "put", "patch", "delete"];
+        let mut described = BTreeSet::new();
+        let mut path = "";
+        // Paths are indented by two, their methods by four; nothing else there ends like them.
+        let paths = include_str!("../../openapi.yaml").lines().skip_while(|line| *line != "paths:").skip(1);
+        for line in paths.take_while(|line| line.is_empty() || line.starts_with(' ')) {
+            let Some(name) = line.strip_suffix(':') else { continue };
+            if let Some(found) = name.strip_prefix("  ").filter(|name| name.starts_with('/')) {
+                path = found;
+            } else if let Some(method) = name.strip_prefix("    ").filter(|name| methods.contains(name)) {
+                described.insert(format!("{} {path}", method.to_uppercase()));
+            }
+        }
+        let routed: BTreeSet<String> =
+            routes().iter().map(|route| format!("{} {}", route.method.name(), route.path)).collect();
+        assert_eq!(routed.len(), routes().len(), "a route is there twice");
+        assert_eq!(described.difference(&routed).collect::<Vec<_>>(), Vec::<&String>::new(), "not served");
+        assert_eq!(routed.difference(&described).collect::<Vec<_>>(), Vec::<&String>::new(), "not described");
+    }
+}
