@@ -24,9 +24,14 @@ pub const MAX_ATTEMPT_INTERVAL_MS: u64 = 2_000;
 /// How much of what a guest daemon says of itself or of an error is kept, in characters: it is the
 /// guest's word, and a guest may be hostile.
 const MAX_GUEST_TEXT: usize = 200;
-/// How long an attempt may take. A guest that has not booted drops what is sent to it, and TCP itself
-/// would only try again after a second.
+/// How long the first attempt may take. A guest that has not booted drops what is sent to it, and TCP
+/// itself would only try again after a second.
 pub const ATTEMPT_TIMEOUT_MS: u64 = 150;
+/// How much longer each further attempt may take: on a host so busy that a guest answers late, an attempt
+/// has to be waited for some time.
+pub const ATTEMPT_TIMEOUT_STEP_MS: u64 = 10;
+/// The longest that an attempt may take.
+pub const MAX_ATTEMPT_TIMEOUT_MS: u64 = 2_000;
 /// Random bytes that a guest gets for its pool.
 const ENTROPY_BYTES: usize = 64;
 
@@ -85,7 +90,9 @@ impl Capsule {
         match attempt {
             Ok((stream, token)) => {
                 self.guest = GuestLink::Connecting(stream, token);
-                self.set_timer(ctx, CapsuleTimer::Guest, ATTEMPT_TIMEOUT_MS);
+                let longer = u64::from(self.guest_attempts) * ATTEMPT_TIMEOUT_STEP_MS;
+                let timeout = (ATTEMPT_TIMEOUT_MS + longer).min(MAX_ATTEMPT_TIMEOUT_MS);
+                self.set_timer(ctx, CapsuleTimer::Guest, timeout);
             }
             Err(e) => self.retry_guest(ctx, e),
         }
