@@ -260,13 +260,15 @@ impl Server {
                 // The client has given up meanwhile, or the kernel had no memory for it.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
+                    // Most likely there is no descriptor left; it may be otherwise in a moment.
                     log::warn!("accept: {error}");
-                    break;
+                    self.timers.set(TimerKey::Accept, self.now_ms + ACCEPT_PAUSE_MS);
+                    return;
                 }
             }
         }
-        // The edge is used up: the rest is taken in a later turn.
-        self.timers.set(TimerKey::Accept, self.now_ms + ACCEPT_PAUSE_MS.min(1));
+        // The poll tells of new connections only: those that wait are taken in the next turn.
+        self.timers.set(TimerKey::Accept, self.now_ms + 1);
     }
 
     fn on_accepted(&mut self, stream: TcpStream, peer: SocketAddr) {
@@ -295,10 +297,11 @@ impl Server {
     }
 
     fn on_client_ready(&mut self, id: u64, event: &mio::event::Event) {
+        let is_held = self.holds_back(id);
         let Some(client) = self.clients.get_mut(&id) else { return };
         client.socket.on_ready(event.is_readable(), event.is_writable());
         if event.is_read_closed() || event.is_error() {
-            client.on_hang_up(event.is_write_closed() || event.is_error());
+            client.on_hang_up(is_held, event.is_write_closed() || event.is_error());
         }
         self.ready.insert(id);
     }
@@ -331,7 +334,9 @@ impl Server {
             self.remove_client(id);
             return;
         }
-        if client.has_input() && !hold {
+        if hold {
+            client.touch(self.now_ms);
+        } else if client.has_input() {
             self.ready.insert(id);
         }
         let deadline = client.deadline_ms();

@@ -7,18 +7,16 @@
 //! The event loop calls [`Hosts::on_ready`] for readiness, [`Hosts::turn`] once a turn,
 //! [`Hosts::handle_timeouts`] at [`Hosts::next_timeout_ms`], and takes every [`Hosts::poll_event`].
 
-use super::credential;
+mod link;
+mod receive;
+
 use super::error::HostError;
-use super::reply::{Collector, Progress, Reply};
-use crate::auth::random;
-use mio::net::TcpStream;
-use mio::{Interest, Registry, Token};
+use super::reply::{Collector, Reply};
+use mio::{Registry, Token};
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::io;
-use std::net::SocketAddr;
-use wire::message::{Code, Error, Message};
-use wire::reactor::{Link, Socket, Timers};
-use wire::session::{Event, Limits, OpenError, SendError, Session, SessionError, StreamId};
+use wire::message::Code;
+use wire::reactor::{Link, Timers};
+use wire::session::{SendError, Session, StreamId};
 
 /// The most calls and streams to all hosts together.
 pub const MAX_CALLS: usize = 4096;
@@ -127,6 +125,9 @@ struct Call {
     stream: Option<StreamId>,
     request: Request,
     mode: Mode,
+    /// Credit of events that were handed out and not released yet. It is the connection's too, so none
+    /// of it may be lost with the stream.
+    owed: u32,
 }
 
 struct Host {
@@ -217,7 +218,7 @@ impl Hosts {
         let token = self.host(&request.host_id, &request.address);
         self.timers.set(TimerKey::Call(call), now_ms.saturating_add(request.timeout_ms));
         self.timers.clear(TimerKey::Idle(token));
-        self.calls.insert(call, Call { host: token, stream: None, request, mode });
+        self.calls.insert(call, Call { host: token, stream: None, request, mode, owed: 0 });
         let Some(host) = self.hosts.get_mut(&token) else { return };
         host.waiting.push_back(call);
         self.dirty.insert(token);
@@ -260,30 +261,6 @@ impl Hosts {
         token
     }
 
-    fn dial(&mut self, token: Token, now_ms: u64) -> Result<(), String> {
-        let Some(host) = self.hosts.get_mut(&token) else { return Ok(()) };
-        let address: SocketAddr =
-            host.address.parse().map_err(|_| "its address is not IP:PORT".to_string())?;
-        let mut stream = TcpStream::connect(address).map_err(|e| reason_of(&e))?;
-        self.registry
-            .register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)
-            .map_err(|e| reason_of(&e))?;
-        let secret = credential::credential(&self.jwt_secret, &host.host_id);
-        let session = Session::client(
-            credential::IDENTITY,
-            secret.as_bytes(),
-            concat!("wrenn-cp/", env!("CARGO_PKG_VERSION")),
-            random::bytes(),
-            Limits::default(),
-            now_ms,
-        );
-        host.link = Some(Link::new(Socket::connecting(stream), session));
-        host.is_ready = false;
-        self.timers.set(TimerKey::Connect(token), now_ms + CONNECT_TIMEOUT_MS);
-        log::debug!("host {}: dialling {address}", host.host_id);
-        Ok(())
-    }
-
     /// Whether a readiness token is one of a session.
     pub fn owns(&self, token: Token) -> bool {
         token.0 >= self.first_token
@@ -304,181 +281,6 @@ impl Hosts {
             self.drive(token, now_ms);
         }
         !self.dirty.is_empty()
-    }
-
-    fn drive(&mut self, token: Token, now_ms: u64) {
-        for _ in 0..MAX_ROUNDS {
-            let Some(link) = self.hosts.get_mut(&token).and_then(|h| h.link.as_mut()) else { return };
-            if !link.socket.is_writable() && !link.socket.is_readable() {
-                break;
-            }
-            if let Ok(Some(error)) = link.socket.stream.take_error() {
-                self.session_ended(token, &reason_of(&error), now_ms);
-                return;
-            }
-            link.read(now_ms);
-            let mut had_events = false;
-            while let Some(event) =
-                self.hosts.get_mut(&token).and_then(|h| h.link.as_mut()).and_then(|l| l.session.poll_event())
-            {
-                had_events = true;
-                self.on_event(token, event, now_ms);
-            }
-            self.start_waiting(token);
-            let Some(link) = self.hosts.get_mut(&token).and_then(|h| h.link.as_mut()) else { return };
-            let wrote = link.flush();
-            if !had_events && !wrote && !link.is_readable() {
-                break;
-            }
-        }
-        let Some(link) = self.hosts.get_mut(&token).and_then(|h| h.link.as_mut()) else { return };
-        if link.is_readable() {
-            self.dirty.insert(token);
-        }
-        self.timers.update(TimerKey::Session(token), link.session.next_timeout_ms());
-    }
-
-    fn on_event(&mut self, token: Token, event: Event, now_ms: u64) {
-        let Some(host) = self.hosts.get_mut(&token) else { return };
-        match event {
-            Event::Ready { peer_name, .. } => {
-                log::info!("host {}: session with {peer_name} at {}", host.host_id, host.address);
-                host.is_ready = true;
-                host.backoff_ms = 0;
-                host.failed = None;
-                self.timers.clear(TimerKey::Connect(token));
-            }
-            Event::Message { stream, kind, body, cost } => self.on_message(token, stream, kind, body, cost),
-            Event::Data { stream, channel, bytes, cost } => {
-                self.on_data(token, stream, channel, bytes, cost);
-            }
-            Event::Finished { stream } => self.on_finished(token, stream),
-            Event::Reset { stream, code, reason } => {
-                if let Some(call) = host.streams.remove(&stream) {
-                    let error = Error::new(Code::from_number(code), reason);
-                    self.end(call, Err(HostError::Remote(error)));
-                }
-            }
-            Event::Writable { stream } => {
-                if let Some(call) = host.streams.get(&stream) {
-                    self.events.push_back(HostEvent::Writable { call: *call });
-                }
-            }
-            // Agents open no streams to a control plane.
-            Event::Opened { stream, .. } => {
-                if let Some(link) = &mut host.link {
-                    link.session.reset(
-                        stream,
-                        Code::Unimplemented,
-                        "the control plane serves no requests here",
-                    );
-                }
-            }
-            Event::GoingAway { reason, .. } => log::info!("host {}: going away: {reason}", host.host_id),
-            // The client side never gets it.
-            Event::Authenticate { .. } => {}
-            Event::Closed { error } => {
-                let is_refused = match &error {
-                    SessionError::Auth(_) => true,
-                    SessionError::ByPeer(code, _) => Code::from_number(*code) == Code::Unauthenticated,
-                    _ => false,
-                };
-                let reason = if is_refused {
-                    format!("it does not accept this control plane's credential ({error}); register it anew")
-                } else {
-                    error.to_string()
-                };
-                self.session_ended(token, &reason, now_ms);
-            }
-        }
-    }
-
-    /// Gives the calls that wait their streams, once the session is ready.
-    fn start_waiting(&mut self, token: Token) {
-        while let Some(host) = self.hosts.get_mut(&token).filter(|h| h.is_ready) {
-            let Some(link) = &mut host.link else { return };
-            let Some(id) = host.waiting.pop_front() else { return };
-            let Some(call) = self.calls.get_mut(&id) else { continue };
-            let mut messages = std::mem::take(&mut call.request.messages).into_iter();
-            let count = messages.len();
-            let half_close = call.request.half_close;
-            let first = messages.next().unwrap_or_default();
-            let opened = link.session.open_raw(first, half_close && count <= 1);
-            let result = opened.map_err(|e| open_error(e, &host.address)).and_then(|stream| {
-                for (i, message) in messages.enumerate() {
-                    let is_last = i + 2 == count;
-                    if let Err(error) = link.session.send_raw(stream, message, half_close && is_last) {
-                        link.session.reset(stream, Code::Cancelled, "the request could not be sent");
-                        return Err(send_error(error));
-                    }
-                }
-                Ok(stream)
-            });
-            match result {
-                Ok(stream) => {
-                    call.stream = Some(stream);
-                    host.streams.insert(stream, id);
-                    if matches!(call.mode, Mode::Stream) {
-                        self.events.push_back(HostEvent::Writable { call: id });
-                    }
-                }
-                Err(error) => self.end(id, Err(error)),
-            }
-        }
-    }
-
-    fn on_message(&mut self, token: Token, stream: StreamId, kind: u16, body: Vec<u8>, cost: u32) {
-        let Some(host) = self.hosts.get_mut(&token) else { return };
-        let Some(id) = host.streams.get(&stream).copied() else {
-            release(host, stream, cost);
-            return;
-        };
-        let Some(call) = self.calls.get_mut(&id) else { return };
-        match &mut call.mode {
-            Mode::Collect(collector) => {
-                release(host, stream, cost);
-                match collector.message(kind, body) {
-                    Ok(Progress::More) => {}
-                    Ok(Progress::Complete) => self.complete(id),
-                    Err(error) => self.end(id, Err(error)),
-                }
-            }
-            Mode::Stream => {
-                self.timers.clear(TimerKey::Call(id));
-                if kind == Error::KIND {
-                    release(host, stream, cost);
-                    let error = match Error::decode(&body) {
-                        Ok(error) => HostError::Remote(error),
-                        Err(error) => HostError::BadReply(format!("Error: {error}")),
-                    };
-                    self.end(id, Err(error));
-                } else {
-                    self.events.push_back(HostEvent::Message { call: id, kind, body, cost });
-                }
-            }
-        }
-    }
-
-    fn on_data(&mut self, token: Token, stream: StreamId, channel: u8, bytes: Vec<u8>, cost: u32) {
-        let Some(host) = self.hosts.get_mut(&token) else { return };
-        let call = host.streams.get(&stream).copied();
-        match call.and_then(|id| self.calls.get_mut(&id).map(|c| (id, c))) {
-            Some((_, Call { mode: Mode::Collect(collector), .. })) => {
-                collector.data(channel, &bytes);
-                release(host, stream, cost);
-            }
-            Some((call, _)) => self.events.push_back(HostEvent::Data { call, channel, bytes, cost }),
-            None => release(host, stream, cost),
-        }
-    }
-
-    fn on_finished(&mut self, token: Token, stream: StreamId) {
-        let Some(id) = self.hosts.get(&token).and_then(|h| h.streams.get(&stream).copied()) else { return };
-        match self.calls.get(&id) {
-            Some(Call { mode: Mode::Collect(_), .. }) => self.complete(id),
-            Some(_) => self.events.push_back(HostEvent::Finished { call: id }),
-            None => {}
-        }
     }
 
     /// Ends a call with the reply that it has gathered.
@@ -509,6 +311,7 @@ impl Hosts {
                 host.streams.remove(&stream);
                 if let Some(link) = &mut host.link {
                     link.session.reset(stream, code, reason);
+                    link.session.release(0, call.owed);
                     self.dirty.insert(call.host);
                 }
             }
@@ -548,8 +351,12 @@ impl Hosts {
         self.with_stream(call, Session::finish).unwrap_or(Err(SendError::NoStream))
     }
 
-    /// Gives back the credit of an event that is dealt with.
+    /// Gives back the credit of an event that is dealt with. What is not given back when its stream is
+    /// over goes back then.
     pub fn release(&mut self, call: CallId, cost: u32) {
+        let Some(state) = self.calls.get_mut(&call) else { return };
+        let cost = cost.min(state.owed);
+        state.owed -= cost;
         self.with_stream(call, |session, stream| session.release(stream, cost));
     }
 
@@ -612,108 +419,12 @@ impl Hosts {
         }
     }
 
-    /// The session, or the attempt to make one, is over: every call on it fails.
-    fn session_ended(&mut self, token: Token, reason: &str, now_ms: u64) {
-        let Some(host) = self.hosts.get_mut(&token).filter(|h| h.link.is_some()) else { return };
-        log::warn!("host {}: no session with {}: {reason}", host.host_id, host.address);
-        if host.is_ready {
-            // A session that worked may be dialled again at once.
-            self.drop_link(token);
-            self.fail_calls(token, reason);
-        } else {
-            self.drop_link(token);
-            self.attempt_failed(token, reason, now_ms);
-        }
-    }
-
-    fn attempt_failed(&mut self, token: Token, reason: &str, now_ms: u64) {
-        if let Some(host) = self.hosts.get_mut(&token) {
-            host.backoff_ms = (host.backoff_ms * 2).clamp(FIRST_BACKOFF_MS, MAX_BACKOFF_MS);
-            host.failed = Some((now_ms + host.backoff_ms, reason.to_string()));
-        }
-        self.fail_calls(token, reason);
-    }
-
-    /// Fails every call of a host that has no session.
-    fn fail_calls(&mut self, token: Token, reason: &str) {
-        let Some(host) = self.hosts.get_mut(&token) else { return };
-        let address = host.address.clone();
-        let waiting: Vec<CallId> = host.waiting.drain(..).collect();
-        let under_way: Vec<CallId> = host.streams.drain().map(|s| s.1).collect();
-        for call in waiting {
-            let (address, reason) = (address.clone(), reason.to_string());
-            self.end(call, Err(HostError::Unreachable { address, reason }));
-        }
-        for call in under_way {
-            let (address, reason) = (address.clone(), reason.to_string());
-            self.end(call, Err(HostError::Lost { address, reason }));
-        }
-    }
-
-    fn close_session(&mut self, token: Token, reason: &str) {
-        if let Some(link) = self.hosts.get_mut(&token).and_then(|h| h.link.as_mut()) {
-            link.session.close();
-            link.flush();
-        }
-        self.drop_link(token);
-        self.fail_calls(token, reason);
-    }
-
-    fn drop_link(&mut self, token: Token) {
-        let Some(host) = self.hosts.get_mut(&token) else { return };
-        host.is_ready = false;
-        if let Some(mut link) = host.link.take() {
-            // The peer is told why, if it can still be.
-            link.flush();
-            if let Err(error) = self.registry.deregister(link.stream_mut()) {
-                log::debug!("deregister: {error}");
-            }
-        }
-        for key in [TimerKey::Session(token), TimerKey::Connect(token), TimerKey::Idle(token)] {
-            self.timers.clear(key);
-        }
-    }
-
     /// Ends every session; calls under way fail.
     pub fn close(&mut self) {
         self.is_closing = true;
         let tokens: Vec<Token> = self.hosts.keys().copied().collect();
         for token in tokens {
             self.close_session(token, "the control plane is being shut down");
-        }
-    }
-}
-
-fn release(host: &mut Host, stream: StreamId, cost: u32) {
-    if let Some(link) = &mut host.link {
-        link.session.release(stream, cost);
-    }
-}
-
-fn reason_of(error: &io::Error) -> String {
-    match error.kind() {
-        io::ErrorKind::ConnectionRefused => "connection refused; is wrenn-agent running there?".to_string(),
-        io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => "no route to it".to_string(),
-        _ => error.to_string(),
-    }
-}
-
-fn open_error(error: OpenError, address: &str) -> HostError {
-    match error {
-        OpenError::TooManyStreams => HostError::Busy,
-        OpenError::TooLong => HostError::Remote(Error::new(Code::InvalidRequest, "the request is too long")),
-        OpenError::NotReady | OpenError::GoingAway | OpenError::Exhausted => {
-            HostError::Unreachable { address: address.to_string(), reason: error.to_string() }
-        }
-    }
-}
-
-fn send_error(error: SendError) -> HostError {
-    match error {
-        SendError::TooLong => HostError::Remote(Error::new(Code::InvalidRequest, "the request is too long")),
-        SendError::QueueFull => HostError::Busy,
-        SendError::NoStream => {
-            HostError::BadReply("the stream ended before the request was sent".to_string())
         }
     }
 }

@@ -1,14 +1,16 @@
 //! One client's connection: from bytes to requests and back, with its deadlines. Knows no handlers.
 
+mod respond;
+mod transport;
+
 use super::handler::{BodyMode, Handler, Method, Request, Response};
-use super::limits::*;
+use super::limits::{MAX_BUFFERED_BODIES, MAX_REQUESTS_PER_CONNECTION, OUTPUT_HIGH_WATER, READS_PER_TURN};
 use super::router::Router;
-use super::{date, websocket_key};
+use super::websocket_key;
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::rc::Rc;
-use std::time::{SystemTime, UNIX_EPOCH};
 use wire::frame::PREAMBLE;
 use wire::http1::{
     Framing, HttpError, Limits, RequestEvent, RequestHead, RequestParser, ResponseWriter, parse_query,
@@ -16,7 +18,7 @@ use wire::http1::{
 };
 use wire::reactor::{Socket, Transfer};
 use wire::session::Session;
-use wire::websocket::{Message, Role, WebSocket, accept_value, close_code};
+use wire::websocket::{Message, WebSocket};
 
 /// What a connection tells the server.
 #[derive(Debug)]
@@ -244,6 +246,12 @@ impl Client {
         !self.is_broken && self.takes_input() && (!self.input.is_empty() || self.socket.is_readable())
     }
 
+    /// It is not read from now, so its silence says nothing.
+    pub fn touch(&mut self, now_ms: u64) {
+        self.heard_ms = now_ms;
+        self.pinged = false;
+    }
+
     /// The peer sends nothing more.
     fn on_input_ended(&mut self) {
         self.input_ended = true;
@@ -255,10 +263,10 @@ impl Client {
     }
 
     /// The poll says that the peer has ended its direction, or both.
-    pub fn on_hang_up(&mut self, is_both: bool) {
+    pub fn on_hang_up(&mut self, is_held: bool, is_both: bool) {
         // Bytes that came before are still in the kernel's buffer, so the end of input is found by
         // reading, except where nothing is read now.
-        if !self.takes_input() {
+        if is_held || !self.takes_input() {
             self.input_ended = true;
             self.keep_alive = false;
         }
@@ -443,262 +451,6 @@ impl Client {
             }
         }
     }
-
-    fn refuse(&mut self, error: HttpError, now_ms: u64) {
-        let code = if error.status() == 413 { "payload_too_large" } else { "invalid_request" };
-        self.is_head_request = false;
-        self.respond_and_close(&Response::error(error.status(), code, &error.to_string()), now_ms);
-    }
-
-    fn respond_and_close(&mut self, response: &Response, now_ms: u64) {
-        self.keep_alive = false;
-        self.respond(response, now_ms);
-    }
-
-    /// Ends the connection after the present request.
-    pub fn close_after_response(&mut self) {
-        self.keep_alive = false;
-    }
-
-    /// Answers the request. On a WebSocket an error is told by a message and a close.
-    pub fn respond(&mut self, response: &Response, now_ms: u64) {
-        if let State::WebSocket(ws) = &mut self.state {
-            close_websocket(ws, response);
-            self.wrote_ms = now_ms;
-            return;
-        }
-        if self.writer.is_some() {
-            // A streamed response is under way: all that can be told is that it is not complete.
-            self.is_broken = true;
-            return;
-        }
-        let has_body = !matches!(response.status, 100..200 | 204 | 304);
-        let framing = if has_body { Framing::Length(response.body.len() as u64) } else { Framing::None };
-        self.start_response(response, framing, now_ms)
-            .body(&mut self.output, if has_body { &response.body } else { &[] });
-        self.response_done(now_ms);
-    }
-
-    /// Writes a response's head. Unless the whole request was read the connection ends with it.
-    fn start_response(&mut self, response: &Response, framing: Framing, now_ms: u64) -> ResponseWriter {
-        if !matches!(self.state, State::Busy) || self.input_ended {
-            self.keep_alive = false;
-        }
-        if self.pending_output() == 0 {
-            self.wrote_ms = now_ms;
-        }
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let date = date::format(now);
-        let headers = response.headers.iter().filter(|h| !h.1.bytes().any(|b| b.is_ascii_control()));
-        let headers = headers.map(|h| (h.0, h.1.as_str())).chain([("date", date.as_str())]);
-        ResponseWriter::start(
-            &mut self.output,
-            response.status,
-            headers,
-            framing,
-            self.keep_alive,
-            self.is_head_request,
-        )
-    }
-
-    fn response_done(&mut self, now_ms: u64) {
-        self.task = None;
-        self.since_ms = now_ms;
-        self.websocket_key = None;
-        self.state = if self.keep_alive { State::Head } else { State::Closing { left: LINGER_BYTES } };
-    }
-
-    /// Begins a response whose body follows in pieces.
-    pub fn start_stream(&mut self, response: &Response, now_ms: u64) {
-        let framing = if self.minor_version >= 1 { Framing::Chunked } else { Framing::UntilClose };
-        if framing == Framing::UntilClose {
-            self.keep_alive = false;
-        }
-        self.writer = Some(self.start_response(response, framing, now_ms));
-    }
-
-    /// A piece of a streamed response's body.
-    pub fn stream_body(&mut self, bytes: &[u8], now_ms: u64) {
-        if self.pending_output() == 0 {
-            self.wrote_ms = now_ms;
-        }
-        if let Some(writer) = &self.writer {
-            writer.body(&mut self.output, bytes);
-        }
-    }
-
-    /// A streamed response is complete.
-    pub fn end_stream(&mut self, now_ms: u64) {
-        if let Some(writer) = self.writer.take() {
-            writer.end(&mut self.output);
-            self.response_done(now_ms);
-        }
-    }
-
-    /// A response that was begun cannot be completed: the client learns it by the connection's end.
-    pub fn cut_off(&mut self) {
-        if self.writer.is_some() || matches!(self.state, State::Busy | State::Stream { .. }) {
-            self.is_broken = true;
-        }
-    }
-
-    /// Upgrades to a WebSocket.
-    ///
-    /// # Errors
-    /// The response for a request that does not ask for it.
-    pub fn upgrade(&mut self, now_ms: u64) -> Result<(), Response> {
-        if self.is_websocket() {
-            return Ok(());
-        }
-        let Some(accept) = self.websocket_key.take().and_then(|key| accept_value(&key)) else {
-            return Err(Response::error(
-                426,
-                "invalid_request",
-                "this is a WebSocket: connect with Upgrade: websocket, Sec-WebSocket-Version: 13 and a key",
-            )
-            .with_header("upgrade", "websocket")
-            .with_header("sec-websocket-version", "13"));
-        };
-        let headers =
-            [("upgrade", "websocket"), ("connection", "Upgrade"), ("sec-websocket-accept", accept.as_str())];
-        ResponseWriter::start(&mut self.output, 101, headers, Framing::None, true, false);
-        self.state = State::WebSocket(Box::new(WebSocket::new(Role::Server, MAX_WEBSOCKET_MESSAGE)));
-        self.heard_ms = now_ms;
-        self.wrote_ms = now_ms;
-        Ok(())
-    }
-
-    /// The WebSocket, if it is one.
-    pub fn websocket(&mut self) -> Option<&mut WebSocket> {
-        match &mut self.state {
-            State::WebSocket(ws) => Some(ws),
-            _ => None,
-        }
-    }
-
-    /// Writes what waits, as far as it goes. Returns whether any went.
-    pub fn flush(&mut self, now_ms: u64) -> bool {
-        let mut wrote = false;
-        while self.socket.is_writable() && !self.is_broken {
-            let from_buffer = self.sent < self.output.len();
-            let bytes: &[u8] = match &self.state {
-                _ if from_buffer => &self.output[self.sent..],
-                State::WebSocket(ws) => ws.output(),
-                State::Wire(session) => session.output(),
-                _ => &[],
-            };
-            if bytes.is_empty() {
-                break;
-            }
-            match self.socket.write(bytes) {
-                Transfer::Done(n) => {
-                    wrote = true;
-                    self.wrote_ms = now_ms;
-                    match &mut self.state {
-                        _ if from_buffer => self.sent += n,
-                        State::WebSocket(ws) => ws.consume_output(n),
-                        State::Wire(session) => session.consume_output(n),
-                        _ => {}
-                    }
-                    if self.sent == self.output.len() {
-                        self.output = Vec::new();
-                        self.sent = 0;
-                    }
-                }
-                Transfer::Blocked => break,
-                Transfer::Ended | Transfer::Broken(_) => self.is_broken = true,
-            }
-        }
-        if matches!(self.state, State::Closing { .. }) && self.pending_output() == 0 && !self.is_broken {
-            // The client sees the end of the response; what it still sends is read and dropped.
-            if self.socket.stream.shutdown(std::net::Shutdown::Write).is_err() {
-                self.is_broken = true;
-            }
-        }
-        wrote
-    }
-
-    /// When [`Client::on_deadline`] is due.
-    pub fn deadline_ms(&self) -> Option<u64> {
-        let state = match &self.state {
-            State::First => Some(self.since_ms + HEAD_TIMEOUT_MS),
-            State::Head if self.is_idle() && self.served > 0 => Some(self.since_ms + IDLE_TIMEOUT_MS),
-            State::Head => Some(self.since_ms + HEAD_TIMEOUT_MS),
-            State::Body(_) => Some(self.since_ms + BODY_GRACE_MS + self.body_bytes / MIN_BODY_RATE),
-            State::Stream { wanted: true, .. } => Some(self.since_ms + UPLOAD_STALL_MS),
-            State::Stream { .. } | State::Busy => None,
-            State::WebSocket(ws) if ws.is_closing() => Some(self.wrote_ms + LINGER_MS),
-            State::WebSocket(_) if self.pinged => Some(self.heard_ms + WEBSOCKET_DEAD_MS),
-            State::WebSocket(_) => Some(self.heard_ms + WEBSOCKET_PING_MS),
-            State::Wire(session) => session.next_timeout_ms(),
-            State::Closing { .. } => {
-                Some(self.since_ms + LINGER_MS + WRITE_STALL_MS * u64::from(self.pending_output() > 0))
-            }
-        };
-        let write = (self.pending_output() > 0).then_some(self.wrote_ms + WRITE_STALL_MS);
-        match (state, write) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        }
-    }
-
-    /// Does what is due at `now_ms`.
-    pub fn on_deadline(&mut self, now_ms: u64) {
-        if self.deadline_ms().is_none_or(|at| at > now_ms) {
-            return;
-        }
-        if self.pending_output() > 0 && now_ms >= self.wrote_ms + WRITE_STALL_MS {
-            self.is_broken = true;
-            return;
-        }
-        match &mut self.state {
-            State::Head if !self.parser.is_idle() => self.time_out(now_ms),
-            State::Body(_) | State::Stream { .. } => self.time_out(now_ms),
-            State::First | State::Head | State::Closing { .. } => self.is_broken = true,
-            State::WebSocket(ws) => {
-                if ws.is_closing() || now_ms >= self.heard_ms + WEBSOCKET_DEAD_MS {
-                    self.is_broken = true;
-                } else {
-                    ws.send_ping(b"");
-                    self.pinged = true;
-                }
-            }
-            State::Wire(session) => session.handle_timeout(now_ms),
-            State::Busy => {}
-        }
-    }
-
-    fn time_out(&mut self, now_ms: u64) {
-        let response = Response::error(408, "invalid_request", "the request took too long to arrive");
-        self.respond_and_close(&response, now_ms);
-    }
-
-    /// The program ends: an idle connection is closed, others end with their response.
-    pub fn drain(&mut self) {
-        self.keep_alive = false;
-        let is_idle = self.is_idle();
-        match &mut self.state {
-            State::WebSocket(ws) => {
-                ws.send_close(close_code::GOING_AWAY, "the control plane is being shut down")
-            }
-            State::Wire(session) => session.close(),
-            _ if is_idle => self.is_broken = true,
-            _ => {}
-        }
-    }
-}
-
-/// Ends a WebSocket with what a response says.
-fn close_websocket(ws: &mut WebSocket, response: &Response) {
-    if response.status < 400 {
-        ws.send_close(close_code::NORMAL, "");
-        return;
-    }
-    let message = response.error_message().unwrap_or_else(|| "the request failed".to_string());
-    let event = serde_json::json!({"type": "error", "data": message, "fatal": true});
-    ws.send_text(&event.to_string());
-    let code = if response.status < 500 { close_code::POLICY } else { close_code::INTERNAL };
-    ws.send_close(code, &message);
 }
 
 /// A wire client on the public port. No identity is known to it, so that every handshake ends as it does
