@@ -10,6 +10,7 @@
 //! | `config` | the daemons' variables and `.env` file (feature `reactor`) |
 //! | [`frame`] | the frame header and frame types |
 //! | `http1` | HTTP/1.1 (feature `reactor`) |
+//! | [`limiter`] | how often a wrong secret may be tried |
 //! | [`message`] | every message |
 //! | [`auth`] | SCRAM-SHA-256 and the keys that follow from it |
 //! | `reactor` | the mio shell (feature `reactor`) |
@@ -31,6 +32,7 @@ pub mod config;
 pub mod frame;
 #[cfg(feature = "reactor")]
 pub mod http1;
+pub mod limiter;
 pub mod message;
 #[cfg(feature = "reactor")]
 pub mod reactor;
