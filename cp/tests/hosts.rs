@@ -499,3 +499,22 @@ fn an_upload_that_is_cut_off_does_not_end_its_file() {
     }
     assert_eq!(finished.load(Ordering::SeqCst), 0);
 }
+
+#[test]
+fn downloads_that_are_cut_off_cost_the_session_no_credit() {
+    let server = start(ROUTES, Vec::new());
+    let agent = agent::start("host-1", 0, file_server(1_000_000, Arc::default()));
+    // Each leaves up to a window of 256 KiB unread, of the session's 2 MiB.
+    for _ in 0..30 {
+        let mut client = server.connect();
+        client.write_all(&get(&agent, "/read", "")).expect("sent");
+        let mut some = [0; 100];
+        client.read_exact(&mut some).expect("the beginning");
+    }
+    let mut client = server.connect();
+    client.write_all(&get(&agent, "/read", "")).expect("sent");
+    client.write_all(b"GET /nope HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("sent");
+    let mut all = Vec::new();
+    client.read_to_end(&mut all).expect("all of it in time");
+    assert!(all.len() > 1_000_000, "{} bytes", all.len());
+}

@@ -2,8 +2,11 @@
 
 mod support;
 
-use std::sync::Arc;
-use support::{resident_kib, start};
+use std::io::Write;
+use std::net::TcpStream;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use support::{read_response, resident_kib, start};
 use wrenn_cp::http::context::Context;
 use wrenn_cp::http::handler::Method::Get;
 use wrenn_cp::http::handler::{Flow, Request, Response, Route, Step};
@@ -14,8 +17,12 @@ fn hello(_: Request, _: &Arc<Context>) -> Flow {
 
 static ROUTES: &[Route] = &[Route::new(Get, "/hello", hello)];
 
+/// One at a time: they all look at the same memory.
+static ALONE: Mutex<()> = Mutex::new(());
+
 #[test]
 fn a_header_of_ten_megabytes_is_refused_in_bounded_memory() {
+    let _alone = ALONE.lock();
     let server = start(ROUTES, Vec::new());
     let before = resident_kib();
     for _ in 0..3 {
@@ -27,4 +34,34 @@ fn a_header_of_ten_megabytes_is_refused_in_bounded_memory() {
     }
     // Three of the client's own buffers, and no more.
     assert!(resident_kib() < before + 40_000, "{before} -> {} KiB", resident_kib());
+}
+
+#[test]
+fn requests_without_end_from_a_client_that_reads_nothing_are_bounded() {
+    let _alone = ALONE.lock();
+    let server = start(ROUTES, Vec::new());
+    let before = resident_kib();
+    let mut client = server.connect();
+    client.set_write_timeout(Some(Duration::from_millis(500))).expect("a timeout");
+    let requests = b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n".repeat(1000);
+    let mut sent = 0;
+    while client.write_all(&requests).is_ok() {
+        sent += 1;
+        assert!(sent < 10_000, "a client that reads nothing is served without end");
+    }
+    assert!(resident_kib() < before + 20_000, "{before} -> {} KiB", resident_kib());
+}
+
+#[test]
+fn idle_connections_make_room_for_new_ones() {
+    let _alone = ALONE.lock();
+    wrenn_cp::sys::resources::raise_open_files().expect("a limit");
+    let server = start(ROUTES, Vec::new());
+    let before = resident_kib();
+    let crowd: Vec<TcpStream> = (0..3000).map(|_| server.connect()).collect();
+    let mut client = server.connect();
+    client.write_all(b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n").expect("sent");
+    assert_eq!(read_response(&mut client).1, "\"hello\"");
+    assert!(resident_kib() < before + 20_000, "{before} -> {} KiB", resident_kib());
+    drop(crowd);
 }

@@ -94,6 +94,15 @@ fn deadlocks_are_tried_again() {
 }
 
 #[test]
+fn a_table_that_another_program_changes_is_read_on() {
+    let (url, mut db) = with_table();
+    let mut all = || db.read(|sql| Ok(sql.rows("select * from t", &[])?)).expect("read").len();
+    assert_eq!(all(), 0);
+    client(&url).batch_execute("alter table t add y text").expect("alter");
+    assert_eq!(all(), 0);
+}
+
+#[test]
 fn errors_are_told_apart() {
     let (_, mut db) = with_table();
     let mut insert = |x: i32| {

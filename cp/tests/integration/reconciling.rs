@@ -3,6 +3,7 @@
 use crate::stage::{ADMIN, Stage, json, text};
 use serde_json::json;
 use wire::message::{CapsuleInfo, CapsuleState};
+use wrenn_cp::db::{Database, hosts};
 use wrenn_cp::http::handler::Method::{Get, Post};
 
 fn stage() -> (Stage, String) {
@@ -114,4 +115,25 @@ fn a_host_that_does_not_answer_is_left_alone() {
     stage.hosts.clear();
     stage.run_jobs();
     assert_eq!(state(&mut stage, &bearer, &id), "running");
+}
+
+#[test]
+fn several_control_planes_share_the_hosts() {
+    let (mut stage, bearer) = stage();
+    for n in 2..=4 {
+        stage.add_host(&bearer, &format!("10.0.0.{n}:50051"), 4096);
+    }
+    let url = &stage.url;
+    let claimed: Vec<String> = std::thread::scope(|scope| {
+        let claim = || {
+            scope.spawn(|| {
+                let mut db = Database::connect(url).expect("connect");
+                db.transaction(|sql| Ok(hosts::claim_for_reconciling(sql, 10.0)?)).expect("claim")
+            })
+        };
+        let threads: Vec<_> = (0..8).map(|_| claim()).collect();
+        threads.into_iter().filter_map(|t| t.join().expect("no panic")).map(|(id, _)| id).collect()
+    });
+    let distinct: std::collections::BTreeSet<_> = claimed.iter().collect();
+    assert_eq!((claimed.len(), distinct.len()), (4, 4), "each host once");
 }

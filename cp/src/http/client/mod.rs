@@ -205,7 +205,9 @@ impl Client {
             State::Busy => false,
             State::Stream { wanted, .. } => *wanted,
             State::WebSocket(ws) => self.pending_output() < OUTPUT_HIGH_WATER && !ws.is_finished(),
-            _ => true,
+            // Who does not read its responses gets no further requests served.
+            State::First | State::Head | State::Body(_) => self.pending_output() < OUTPUT_HIGH_WATER,
+            State::Wire(_) | State::Closing { .. } => true,
         }
     }
 

@@ -3,8 +3,8 @@
 use super::{Client, State};
 use crate::http::handler::Response;
 use crate::http::limits::{
-    BODY_GRACE_MS, HEAD_TIMEOUT_MS, IDLE_TIMEOUT_MS, LINGER_MS, MIN_BODY_RATE, UPLOAD_STALL_MS,
-    WEBSOCKET_DEAD_MS, WEBSOCKET_PING_MS, WRITE_STALL_MS,
+    BODY_GRACE_MS, HEAD_TIMEOUT_MS, IDLE_TIMEOUT_MS, LINGER_MS, MIN_BODY_RATE, OUTPUT_HIGH_WATER,
+    UPLOAD_STALL_MS, WEBSOCKET_DEAD_MS, WEBSOCKET_PING_MS, WRITE_STALL_MS,
 };
 use wire::reactor::Transfer;
 use wire::websocket::close_code;
@@ -57,6 +57,8 @@ impl Client {
         let state = match &self.state {
             State::First => Some(self.since_ms + HEAD_TIMEOUT_MS),
             State::Head if self.is_idle() && self.served > 0 => Some(self.since_ms + IDLE_TIMEOUT_MS),
+            // Nothing is read until the client has read more.
+            State::Head if self.pending_output() >= OUTPUT_HIGH_WATER => None,
             State::Head => Some(self.since_ms + HEAD_TIMEOUT_MS),
             State::Body(_) => Some(self.since_ms + BODY_GRACE_MS + self.body_bytes / MIN_BODY_RATE),
             State::Stream { wanted: true, .. } => Some(self.since_ms + UPLOAD_STALL_MS),
