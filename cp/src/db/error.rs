@@ -99,12 +99,16 @@ fn of_server(error: &ServerError) -> DbError {
     if *code == SqlState::T_R_SERIALIZATION_FAILURE || *code == SqlState::T_R_DEADLOCK_DETECTED {
         return DbError::Conflict(message());
     }
-    // The server ends the connection along with these.
+    // The server ends the connection along with the first four. The other two say that a statement which
+    // this connection prepared is of no use any more, since a newer program has migrated the database, or
+    // a pooler has changed the server: a fresh connection prepares it anew.
     let lost = [
         SqlState::ADMIN_SHUTDOWN,
         SqlState::CRASH_SHUTDOWN,
         SqlState::CANNOT_CONNECT_NOW,
         SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT,
+        SqlState::FEATURE_NOT_SUPPORTED,
+        SqlState::INVALID_SQL_STATEMENT_NAME,
     ];
     if lost.contains(code) || code.code().starts_with("08") {
         return DbError::Unreachable(message());
