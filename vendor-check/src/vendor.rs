@@ -12,19 +12,15 @@ use crate::failure::{Class, Finding, Report, Result};
 use crate::files::{self, Kind, io_error};
 use crate::lock::CrateId;
 
-/// Writes `vendor/` anew from the archives.
+/// Writes `vendor/` anew from the archives: beside the old one, which it then replaces.
 ///
 /// # Errors
 /// [`Class::Io`] with the path.
 pub fn write(directory: &Path, archives: &BTreeMap<CrateId, Archive>) -> Result<()> {
-    match fs::remove_dir_all(directory) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(io_error("remove the old one", directory, &error));
-        }
-        _ => {}
-    }
+    let fresh = directory.with_extension(format!("new-{}", std::process::id()));
+    remove(&fresh)?;
     for (id, archive) in archives {
-        let root = directory.join(id.directory());
+        let root = fresh.join(id.directory());
         let checksums = archive.checksum_file();
         for (path, data) in archive.files().chain([(CHECKSUM_FILE, &checksums[..])]) {
             let path = root.join(path);
@@ -33,7 +29,17 @@ pub fn write(directory: &Path, archives: &BTreeMap<CrateId, Archive>) -> Result<
             fs::write(&path, data).map_err(|error| io_error("write it", &path, &error))?;
         }
     }
-    Ok(())
+    remove(directory)?;
+    fs::rename(&fresh, directory).map_err(|error| io_error("put the new one in its place", directory, &error))
+}
+
+fn remove(directory: &Path) -> Result<()> {
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(io_error("remove the old one", directory, &error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Compares `vendor/` with the archives: the same crates, the same files, the same bytes.
