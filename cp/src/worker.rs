@@ -153,7 +153,8 @@ impl Worker {
             let flow = match catch_unwind(AssertUnwindSafe(|| self.perform(work, &shared.database_url))) {
                 Ok(flow) => flow,
                 Err(_) => {
-                    // The connection may be within a transaction.
+                    // Where a panic ends the program (release builds do so) it is started anew by its
+                    // supervisor; elsewhere the request fails. The connection may be in a transaction.
                     self.database = None;
                     Err(Response::error(500, "internal_error", "the request failed inside; see the log"))
                 }

@@ -112,6 +112,10 @@ pub struct Client {
     minor_version: u8,
     websocket_key: Option<String>,
     served: u32,
+    /// The present request, for the log: method and path. The query may hold secrets.
+    label: String,
+    /// When its head was complete.
+    asked_ms: u64,
     /// When the present wait began: head, body, linger.
     since_ms: u64,
     /// Bytes of body since then.
@@ -146,6 +150,8 @@ impl Client {
             minor_version: 1,
             websocket_key: None,
             served: 0,
+            label: String::new(),
+            asked_ms: now_ms,
             since_ms: now_ms,
             body_bytes: 0,
             heard_ms: now_ms,
@@ -393,6 +399,8 @@ impl Client {
         self.is_head_request = head.method == "HEAD";
         self.websocket_key = websocket_key(&head);
         let (path, query) = head.target.split_once('?').unwrap_or((&head.target, ""));
+        self.label = format!("{} {path}", head.method);
+        self.asked_ms = now_ms;
         let found = router.find(&head.method, path).and_then(|found| {
             let query = parse_query(query).ok_or_else(|| {
                 Response::error(400, "invalid_request", "the query has an escape that cannot be decoded")

@@ -52,6 +52,8 @@ impl Client {
         if self.pending_output() == 0 {
             self.wrote_ms = now_ms;
         }
+        let elapsed_ms = now_ms.saturating_sub(self.asked_ms);
+        log::debug!("{} {}: {} after {elapsed_ms} ms", self.peer, self.label, response.status);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let date = date::format(now);
         let headers = response.headers.iter().filter(|h| !h.1.bytes().any(|b| b.is_ascii_control()));
