@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use support::with_free_slot;
+use support::{FIRST_UID, with_free_slot};
 use wrenn_agent::disk::{Backend, Disk, DiskSpec};
 use wrenn_agent::net::metadata::Endpoint;
 use wrenn_agent::net::{CapsuleNetwork, ENVD_PORT, Policy, Tap};
@@ -17,7 +17,6 @@ use wrenn_agent::vmm::qemu::Qemu;
 use wrenn_agent::vmm::{Event, Machine, MachineSpec};
 
 const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
-const UID: u32 = 961_000;
 const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=1 mitigations=off tsc=reliable no_timer_check reboot=t panic=-1 \
                             random.trust_cpu=on root=/dev/vda rw \
                             ip=169.254.0.21::169.254.0.22:255.255.255.252:test:eth0:off";
@@ -45,9 +44,18 @@ fn files() -> Option<Files> {
     }
 }
 
+/// A directory that goes with its owner.
+struct Directory(PathBuf);
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
 /// A capsule's worth of parts, as the agent puts them together.
 struct Capsule {
-    directory: PathBuf,
+    directory: Directory,
     network: CapsuleNetwork,
     disk: Box<dyn Disk>,
 }
@@ -56,8 +64,9 @@ impl Capsule {
     fn new(name: &str, image: &Path) -> (Capsule, Tap) {
         let directory = std::env::temp_dir().join(format!("wrenn-machine-{name}-{}", std::process::id()));
         fs::DirBuilder::new().mode(0o700).create(&directory).expect("a directory");
+        let directory = Directory(directory);
         let (network, tap) = with_free_slot(|slot| CapsuleNetwork::create(slot, Policy::default()));
-        let spec = DiskSpec { base: image, directory: &directory, size_bytes: Some(1 << 30) };
+        let spec = DiskSpec { base: image, directory: &directory.0, size_bytes: Some(1 << 30) };
         let disk = Backend::Overlay.create(&spec).expect("a disk");
         (Capsule { directory, network, disk }, tap)
     }
@@ -72,16 +81,15 @@ impl Capsule {
             command_line: command_line.into(),
             disks: vec![self.disk.image()],
             guest_mac: self.network.slot().guest_mac(),
-            uid: UID + self.network.slot().index(),
-            gid: UID + self.network.slot().index(),
-            directory: self.directory.clone(),
+            uid: FIRST_UID + self.network.slot().index(),
+            gid: FIRST_UID + self.network.slot().index(),
+            directory: self.directory.0.clone(),
         }
     }
 
     fn remove(self) {
         self.network.destroy().expect("the network goes");
         self.disk.remove().expect("the disk goes");
-        fs::remove_dir_all(&self.directory).expect("the directory goes");
     }
 }
 
@@ -124,7 +132,7 @@ fn a_machine_boots_confined_asks_for_its_metadata_and_goes_without_a_trace() {
     pump_until(&mut machine, |_, event| event == Some(Event::Ready));
     let ready = began.elapsed();
     let pid = machine.pid();
-    let id = (UID + capsule.network.slot().index()).to_string();
+    let id = (FIRST_UID + capsule.network.slot().index()).to_string();
     assert_eq!(status_of(pid, "Uid"), [id.as_str(); 4].join("\t"));
     assert_eq!(status_of(pid, "Gid"), [id.as_str(); 4].join("\t"));
     assert_eq!(status_of(pid, "CapEff"), "0000000000000000");
@@ -137,7 +145,7 @@ fn a_machine_boots_confined_asks_for_its_metadata_and_goes_without_a_trace() {
     for fd in fs::read_dir(format!("/proc/{pid}/fd")).expect("listed").flatten() {
         let target = fs::read_link(fd.path()).unwrap_or_default().to_string_lossy().into_owned();
         let ours = [
-            capsule.directory.to_str(),
+            capsule.directory.0.to_str(),
             files.image.to_str(),
             files.kernel.to_str(),
             files.initramfs.to_str(),
@@ -152,7 +160,7 @@ fn a_machine_boots_confined_asks_for_its_metadata_and_goes_without_a_trace() {
     // As after a restart of the agent: the connections are gone, the machine is not.
     let (pid, start_ticks) = (machine.pid(), machine.start_ticks());
     drop(machine);
-    let mut machine = Machine::adopt(&capsule.directory, pid, start_ticks).expect("adopted");
+    let mut machine = Machine::adopt(&capsule.directory.0, pid, start_ticks).expect("adopted");
     pump_until(&mut machine, |_, event| event == Some(Event::Ready));
     let stopped = machine.execute("stop", None).expect("sent");
     let mut seen = (false, false);
@@ -185,7 +193,7 @@ fn a_machine_boots_confined_asks_for_its_metadata_and_goes_without_a_trace() {
 
     machine.quit().expect("sent");
     assert!(machine.wait(10_000).expect("waited").is_some(), "QEMU quits when it is told to");
-    assert!(Machine::adopt(&capsule.directory, pid, start_ticks).is_err());
+    assert!(Machine::adopt(&capsule.directory.0, pid, start_ticks).is_err());
     // QEMU was started by this process, so it is this process that has to collect it.
     drop((machine, listener, connections));
     capsule.remove();
@@ -228,14 +236,14 @@ fn a_guest_finds_its_processors_and_a_killed_machine_is_noticed() {
     let talkative = COMMAND_LINE.replace("quiet loglevel=1", "earlyprintk=ttyS0 loglevel=8");
     let spec = MachineSpec { vcpus: 2, ..capsule.spec(&files, &talkative) };
     let mut machine = qemu.start(&spec, tap, capsule.network.namespace()).expect("started");
-    let log = capsule.directory.join("serial.log");
+    let log = capsule.directory.0.join("serial.log");
     let log = || fs::read(&log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
     pump_until(&mut machine, |_, _| log().contains("smp: Brought up"));
     assert!(log().contains("2 CPUs"), "{}", log());
     machine.kill().expect("killed");
     assert_eq!(machine.wait(10_000).expect("waited"), Some(Exit::Signal(9)));
     let logs = ["serial.log", "serial.log.1"]
-        .map(|n| fs::metadata(capsule.directory.join(n)).map_or(0, |m| m.len()));
+        .map(|n| fs::metadata(capsule.directory.0.join(n)).map_or(0, |m| m.len()));
     assert!(logs[0] > 0 && logs.iter().all(|bytes| *bytes <= 64 * 1024), "{logs:?}");
     drop(machine);
     capsule.remove();

@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use wrenn_agent::net::{NetError, Slot, host};
+use wrenn_agent::net::{NetError, Slot, destroy_remains, host};
+use wrenn_agent::sys::pidfd::Process;
 
 /// Tests of one program change the same machine: one at a time.
 static MACHINE: Mutex<()> = Mutex::new(());
@@ -27,6 +28,12 @@ fn reason_to_skip() -> Option<String> {
     }
     None
 }
+
+/// The slots that the test in progress has taken.
+static TAKEN: Mutex<Vec<Slot>> = Mutex::new(Vec::new());
+
+/// What a test's VMM runs as: this and the slot's number.
+pub const FIRST_UID: u32 = 961_000;
 
 /// What is on the machine of the kinds that the agent makes, in the test's slots.
 #[derive(Debug, PartialEq, Eq)]
@@ -56,6 +63,7 @@ impl Machine {
             return None;
         }
         let installed = host::is_installed().expect("nft runs");
+        TAKEN.lock().unwrap_or_else(PoisonError::into_inner).clear();
         Some(Machine { before: Snapshot::now(), installed, _guard: guard })
     }
 
@@ -65,6 +73,33 @@ impl Machine {
             host::remove_if_unused().expect("the table is removed");
         }
         assert_eq!(self.before, Snapshot::now(), "the machine is not as it was");
+    }
+}
+
+impl Drop for Machine {
+    /// A test that failed leaves nothing either.
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        for slot in TAKEN.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            kill_processes_of(FIRST_UID + slot.index());
+            let _ = destroy_remains(slot);
+        }
+        if !self.installed {
+            let _ = host::remove_if_unused();
+        }
+    }
+}
+
+fn kill_processes_of(uid: u32) {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let of_uid =
+        processes.filter(|p| p.metadata().is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) == uid));
+    for pid in of_uid.filter_map(|p| p.file_name().to_str()?.parse().ok()) {
+        if let Ok(process) = Process::child(pid) {
+            let _ = process.kill();
+        }
     }
 }
 
@@ -104,7 +139,10 @@ pub fn with_free_slot<T>(make: impl Fn(Slot) -> Result<T, NetError>) -> T {
         let Some(slot) = Slot::new(index) else { continue };
         match make(slot) {
             Err(NetError::NameTaken { .. }) => {}
-            Ok(made) => return made,
+            Ok(made) => {
+                TAKEN.lock().unwrap_or_else(PoisonError::into_inner).push(slot);
+                return made;
+            }
             Err(e) => panic!("{e}"),
         }
     }
