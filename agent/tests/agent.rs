@@ -292,6 +292,15 @@ fn a_guest_that_never_comes_up_fails_by_its_deadline_with_nothing_left() {
     cp.session.reset(stream, Code::Cancelled, "changed my mind");
     cp.ask::<_, HealthReply>(&Health {}).expect("health");
     assert_nothing_left(&place);
+    // So does one whose connection breaks.
+    let mut other = agent.client();
+    other.session.open(&creation("cl-spin"), true).expect("opened");
+    while place.sandboxes().is_empty() {
+        other.ask::<_, HealthReply>(&Health {}).expect("health");
+        assert!(Instant::now() < end, "no capsule");
+    }
+    drop(other);
+    assert_nothing_left(&place);
     assert!(agent.terminate().success());
 }
 
@@ -352,7 +361,7 @@ fn an_agent_that_is_killed_leaves_nothing_after_its_next_start() {
         agent.child.kill().expect("killed");
         agent.wait();
         let before = place.remains();
-        assert!(!before.is_empty(), "killed before anything was made");
+        assert!(!before.is_empty() || wait_ms < 300, "killed before anything was made");
         let agent = Agent::start(&place);
         assert_eq!(place.remains(), Vec::<String>::new(), "{wait_ms} ms, before: {before:?}");
         assert!(agent.terminate().success());
@@ -456,8 +465,14 @@ fn a_machine_that_dies_is_an_error_and_can_be_destroyed() {
         }
     }
     assert_nothing_left(&place);
-    let info: CapsuleInfo = cp.ask(&CapsuleGet { capsule_id: "cl-die".into() }).expect("known");
-    assert_eq!(info.state, CapsuleState::Error);
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let info: CapsuleInfo = cp.ask(&CapsuleGet { capsule_id: "cl-die".into() }).expect("known");
+        if info.state == CapsuleState::Error {
+            break;
+        }
+        assert!(info.state == CapsuleState::Stopping && Instant::now() < end, "{info:?}");
+    }
     cp.destroy("cl-die").expect("destroyed");
     assert!(agent.terminate().success());
 }
