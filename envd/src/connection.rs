@@ -131,6 +131,11 @@ impl Connections {
         }
     }
 
+    /// Whether a connection has something to write, or to be ended, that does not wait for its socket.
+    pub fn needs_turn(&self) -> bool {
+        self.all.values().any(|c| c.session.is_closed() || (!c.wants_write && !c.session.output().is_empty()))
+    }
+
     /// The next event of a connection; writes what there is to write in between.
     pub fn turn(&mut self, id: ConnectionId) -> Turn {
         let Some(c) = self.all.get_mut(&id) else { return Turn::Over };
@@ -192,6 +197,13 @@ impl Connections {
     pub fn set_proven(&mut self, id: ConnectionId) {
         if let Some(c) = self.all.get_mut(&id) {
             c.proven = true;
+        }
+    }
+
+    /// Ends every session but one: after a resume the others lead to where nobody is any more.
+    pub fn keep_only(&mut self, id: ConnectionId) {
+        for (_, c) in self.all.iter_mut().filter(|(other, c)| **other != id && c.proven) {
+            c.session.close();
         }
     }
 

@@ -1,6 +1,6 @@
 //! The daemon: one epoll loop that owns everything and hands each event to whom it concerns.
 
-use crate::connection::{ConnectionId, Connections, Gate, Turn};
+use crate::connection::{ConnectionId, Connections, Gate, StreamKey, Turn};
 use crate::files::Files;
 use crate::guest;
 use crate::identity::{self, Identity};
@@ -16,6 +16,7 @@ use crate::token::{Token, Way};
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::net::SocketAddrV4;
+use wire::message::{Error, FileWatch};
 
 /// Bytes read at once from anything: as long as the longest data frame.
 const SCRATCH: usize = wire::session::MAX_DATA;
@@ -23,6 +24,8 @@ const SCRATCH: usize = wire::session::MAX_DATA;
 const MAX_ACCEPTS: usize = 16;
 /// Events of one connection handled before others get their turn.
 const MAX_TURNS: usize = 256;
+/// How often all connections are served before the kernel is asked for news.
+const MAX_PASSES: usize = 4;
 /// How long envd sleeps when nothing is due.
 const IDLE_MS: u64 = 3_600_000;
 
@@ -162,6 +165,17 @@ impl Daemon {
         work(&mut self.supervisor, &mut shell)
     }
 
+    /// Starts to watch files for a stream.
+    pub(crate) fn watch(&mut self, key: StreamKey, message: &FileWatch) -> Result<(), Error> {
+        let mut shell = Shell {
+            epoll: &self.epoll,
+            connections: &mut self.connections,
+            scratch: &mut self.scratch,
+            now_ms: self.now_ms,
+        };
+        self.files.watch(key, message, &self.defaults, &mut shell)
+    }
+
     /// Lends the ports what they work with.
     pub(crate) fn with_ports(&mut self, work: impl FnOnce(&mut Ports, &mut Shell<'_>)) {
         let mut shell = Shell {
@@ -194,6 +208,8 @@ impl Daemon {
             Token::Process(id, Way::Output(index)) => {
                 self.with_supervisor(|s, shell| s.on_output(id, usize::from(index), shell));
             }
+            // Being awake is all that it takes.
+            Token::Watch => {}
             Token::Port(id) => self.with_ports(|p, shell| p.go_on(id, shell)),
             Token::LeftOver(number) => self.supervisor.on_left_over(number, &mut self.scratch),
         }
@@ -252,18 +268,21 @@ impl Daemon {
     }
 
     /// Handles every connection's events, lets jobs on files make a step, and writes what there is to
-    /// write.
+    /// write. What one connection's events make another send is written in the next pass.
     fn serve_connections(&mut self) {
         self.busy = false;
-        for id in self.connections.ids() {
-            self.serve(id);
-        }
-        if self.files.has_jobs() {
-            self.busy |= self.files.work(&mut self.connections, &mut self.scratch);
+        for _ in 0..MAX_PASSES {
             for id in self.connections.ids() {
                 self.serve(id);
             }
+            if self.files.has_jobs() {
+                self.busy |= self.files.work(&mut self.connections, &mut self.scratch);
+            }
+            if !self.connections.needs_turn() {
+                return;
+            }
         }
+        self.busy = true;
     }
 
     fn serve(&mut self, id: ConnectionId) {

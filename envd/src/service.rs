@@ -9,9 +9,9 @@ use crate::process::table::Piece;
 use alloc::format;
 use alloc::string::ToString;
 use wire::message::{
-    Code, Done, Error, FileList, FileMakeDirectory, FileMove, FileRead, FileRemove, FileStat, FileWrite,
-    GuestInit, GuestMetrics, GuestPrepareSnapshot, Health, HealthReply, Message, PortConnect, PortList,
-    ProcessAttach, ProcessEndInput, ProcessList, ProcessSignal, ProcessStart, TerminalResize,
+    Code, Done, Error, FileList, FileMakeDirectory, FileMove, FileRead, FileRemove, FileStat, FileWatch,
+    FileWrite, GuestInit, GuestMetrics, GuestPrepareSnapshot, Health, HealthReply, Message, PortConnect,
+    PortList, ProcessAttach, ProcessEndInput, ProcessList, ProcessSignal, ProcessStart, TerminalResize,
 };
 use wire::session::{Event, SessionError};
 
@@ -101,6 +101,7 @@ impl Daemon {
             }
             GuestInit::KIND => {
                 guest::initialise(&decode::<GuestInit>(body)?, &mut self.defaults)?;
+                self.connections.keep_only(key.connection);
                 self.connections.send_last(key, &Done {});
             }
             ProcessStart::KIND => {
@@ -149,6 +150,7 @@ impl Daemon {
                 self.with_ports(|p, shell| result = p.connect(key, port, shell));
                 result?;
             }
+            FileWatch::KIND => self.watch(key, &decode(body)?)?,
             FileStat::KIND => {
                 let entry = self.files.stat(&decode(body)?, &self.defaults)?;
                 self.connections.send_last(key, &entry);

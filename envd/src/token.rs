@@ -28,6 +28,8 @@ pub enum Token {
     LeftOver(u32),
     /// A connection to a port of the guest's.
     Port(u32),
+    /// Any watch of files: all of them are looked at in each turn.
+    Watch,
 }
 
 impl Token {
@@ -43,6 +45,7 @@ impl Token {
             Token::Process(key, Way::Output(index)) => (4, 2 + u64::from(index), key),
             Token::LeftOver(number) => (5, 0, number),
             Token::Port(id) => (6, 0, id),
+            Token::Watch => (7, 0, 0),
         };
         kind << 48 | way << 32 | u64::from(number)
     }
@@ -66,6 +69,7 @@ impl Token {
             ),
             5 => Token::LeftOver(number),
             6 => Token::Port(number),
+            7 => Token::Watch,
             _ => return None,
         })
     }
@@ -87,6 +91,7 @@ mod tests {
             Token::Process(u32::MAX, Way::Output(1)),
             Token::LeftOver(9),
             Token::Port(u32::MAX),
+            Token::Watch,
         ] {
             assert_eq!(Token::unpack(token.pack()), Some(token));
         }

@@ -269,3 +269,48 @@ fn what_is_no_file_is_told_and_does_not_hang() {
         libc::ENOTDIR as u32
     );
 }
+
+#[test]
+fn changes_are_told_as_they_happen() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let files = daemon.open_files();
+    let place = Place::new("watch");
+    std::fs::create_dir(place.0.join("old")).expect("mkdir");
+    let watch = FileWatch { path: place.path(""), user: ROOT.into(), recursive: true };
+    let stream = client.open(&watch, false);
+    client.answer::<Done>(stream).expect("watched");
+    let change = |client: &mut Client, change: u8, from: &str, path: &str| {
+        let next: FileChange = client.answer(stream).expect("a change");
+        let from = if from.is_empty() { Bytes::default() } else { place.path(from) };
+        assert_eq!((next.change, &next.from, &next.path), (change, &from, &place.path(path)), "{next:?}");
+    };
+    std::fs::write(place.0.join("old/file"), b"x").expect("write");
+    change(&mut client, CHANGE_MADE, "", "old/file");
+    change(&mut client, CHANGE_WRITTEN, "", "old/file");
+    std::fs::rename(place.0.join("old"), place.0.join("new")).expect("rename");
+    change(&mut client, CHANGE_MOVED, "old", "new");
+    std::fs::remove_file(place.0.join("new/file")).expect("remove");
+    change(&mut client, CHANGE_REMOVED, "", "new/file");
+    // A tree that comes all at once is watched to its leaves.
+    std::fs::create_dir_all(place.0.join("a/b")).expect("mkdir");
+    change(&mut client, CHANGE_MADE, "", "a");
+    change(&mut client, CHANGE_MADE, "", "a/b");
+    std::fs::write(place.0.join("a/b/leaf"), b"").expect("write");
+    loop {
+        let next: FileChange = client.answer(stream).expect("a change");
+        // The directory may have been seen by both the walk and its event.
+        if next.path == place.path("a/b/leaf") {
+            break;
+        }
+        assert_eq!(next.path, place.path("a/b"));
+    }
+    // Out of what is watched is gone.
+    let outside = Place::new("watch-outside");
+    std::fs::rename(place.0.join("a"), outside.0.join("a")).expect("rename");
+    change(&mut client, CHANGE_REMOVED, "", "a");
+    client.session.reset(stream, Code::Cancelled, "enough");
+    let missing = FileWatch { path: place.path("none"), ..watch };
+    assert_eq!(client.ask::<_, Done>(&missing).expect_err("missing").code(), Code::NotFound);
+    daemon.wait_until_clean(files);
+}

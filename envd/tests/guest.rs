@@ -25,6 +25,11 @@ fn defaults_from_the_agent_hold_for_every_process() {
     let wrong = GuestInit { default_user: "who".into(), ..init };
     assert_eq!(client.ask::<_, Done>(&wrong).expect_err("refused").code(), Code::NotFound);
     let _: Done = client.ask(&GuestPrepareSnapshot {}).expect("synced");
+
+    // After a resume, sessions from before it are of no use.
+    let mut newer = daemon.client();
+    let _: Done = newer.ask(&GuestInit::default()).expect("done");
+    client.wait_for(|e| matches!(e, Event::Closed { .. }));
 }
 
 #[test]

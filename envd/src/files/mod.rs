@@ -11,18 +11,22 @@
 //! | [`remove`] | an entry with all that is in it |
 //! | [`read`] | content out |
 //! | [`write`] | content in, at once or not at all |
+//! | [`watch`] | changes as they happen |
 
 mod entry;
 mod list;
 mod read;
 mod remove;
+mod watch;
 mod write;
 
 use crate::connection::{Connections, StreamKey, Task};
 use crate::process::request::{self, Defaults, errno_error};
+use crate::process::supervisor::Shell;
 use crate::sys::credentials::ActingAs;
 use crate::sys::syscall::Errno;
 use crate::sys::{Fd, file};
+use crate::token::Token;
 use crate::users::User;
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
@@ -34,15 +38,18 @@ use entry::Names;
 use list::Listing;
 use read::Reading;
 use remove::Removal;
+use watch::Watch;
 use wire::codec::Bytes;
 use wire::message::{
     Code, Done, Error, FileEntry, FileList, FileMakeDirectory, FileMove, FileRead, FileRemove, FileStat,
-    FileWrite,
+    FileWatch, FileWrite,
 };
 use write::Writing;
 
 /// Jobs that may run at once.
 const MAX_JOBS: usize = 1024;
+/// Watches that may be open at once: each is an inotify instance, of which the kernel gives a user 128.
+const MAX_WATCHES: usize = 64;
 
 /// Who an access is made for.
 pub(super) struct Actor {
@@ -82,6 +89,7 @@ enum Job {
     Remove(Removal),
     Read(Reading),
     Write(Writing),
+    Watch(Watch),
 }
 
 /// What a step of a job came to.
@@ -209,6 +217,30 @@ impl Files {
         self.begin(key, Job::Write(writing), connections)
     }
 
+    /// Starts to watch a directory.
+    pub fn watch(
+        &mut self,
+        key: StreamKey,
+        message: &FileWatch,
+        defaults: &Defaults,
+        shell: &mut Shell<'_>,
+    ) -> Result<(), Error> {
+        let watches = self.jobs.values().filter(|job| matches!(***job, Job::Watch(_))).count();
+        if watches >= MAX_WATCHES {
+            let text = format!("{MAX_WATCHES} directories are watched already: end some watches first");
+            return Err(Error::new(Code::ResourceExhausted, text));
+        }
+        let actor = Actor::find(&message.user, defaults)?;
+        let path = actor.path(&message.path)?;
+        let watch = Watch::open(actor, path, message.recursive)?;
+        // Edge-triggered: a watch whose stream is full must not keep the loop awake.
+        shell
+            .epoll
+            .add(watch.fd(), libc::EPOLLIN | libc::EPOLLET, Token::Watch.pack())
+            .map_err(|e| errno_error("cannot watch files", e))?;
+        self.begin(key, Job::Watch(watch), shell.connections)
+    }
+
     /// Content came for a file.
     pub fn on_data(&mut self, key: StreamKey, bytes: &[u8], connections: &mut Connections) {
         let Some(Job::Write(writing)) = self.jobs.get_mut(&key).map(|j| &mut **j) else { return };
@@ -265,6 +297,7 @@ impl Files {
                 }),
                 Job::Read(reading) => reading.step(*key, connections, scratch),
                 Job::Write(_) => Ok(Progress::Blocked),
+                Job::Watch(watch) => watch.step(*key, connections, scratch),
             };
             match progress {
                 Ok(Progress::More) => more = true,

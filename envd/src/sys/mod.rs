@@ -13,6 +13,7 @@
 //! | [`pty`] | pseudoterminals |
 //! | [`socket`] | TCP sockets |
 //! | [`file`] | paths, directories, metadata |
+//! | [`inotify`] | inotify(7) |
 //! | [`credentials`] | file system ids of the caller |
 //! | [`boot`] | mounts, modules, host name, power |
 //! | [`link`] | addresses and routes by ioctl |
@@ -27,6 +28,7 @@ pub mod credentials;
 pub mod epoll;
 pub mod fd;
 pub mod file;
+pub mod inotify;
 pub mod link;
 pub mod memory;
 pub mod pty;

@@ -8,6 +8,19 @@ use alloc::string::String;
 /// DATA channel of a file's content, both ways.
 pub const CHANNEL_FILE: u8 = 4;
 
+/// `FileChange`: an entry was made, or moved in from outside.
+pub const CHANGE_MADE: u8 = 1;
+/// `FileChange`: a file was written to.
+pub const CHANGE_WRITTEN: u8 = 2;
+/// `FileChange`: an entry was removed, or moved out of what is watched.
+pub const CHANGE_REMOVED: u8 = 3;
+/// `FileChange`: an entry was moved within what is watched.
+pub const CHANGE_MOVED: u8 = 4;
+/// `FileChange`: an entry's permissions, owner or times changed.
+pub const CHANGE_ATTRIBUTES: u8 = 5;
+/// `FileChange`: changes were lost.
+pub const CHANGES_LOST: u8 = 6;
+
 messages! {
     /// Asks for a file's content. Answered by `FileEntry`, DATA and `Done`.
     FileRead = 0x0300 {
@@ -94,5 +107,28 @@ messages! {
         modified_sec: i64,
         /// Where a symbolic link points; empty for other types.
         symlink_target: Bytes,
+    }
+
+    /// Watches a directory. Answered by `Done`, then a `FileChange` for each change until the stream ends.
+    FileWatch = 0x0320 {
+        /// Path; a relative one starts at the user's home.
+        path: Bytes,
+        /// Account to act for; empty for the capsule's default user.
+        user: String,
+        /// Whether directories beneath it are watched too, also those that are made later.
+        recursive: bool,
+    }
+
+    /// Something changed in a watched directory.
+    FileChange = 0x0321 {
+        /// 1 made, 2 written to, 3 removed, 4 moved, 5 permissions or times changed, 6 changes were lost:
+        /// list the directory again.
+        change: u8,
+        /// Absolute path of the entry; of the watched directory when changes were lost.
+        path: Bytes,
+        /// Where a moved entry was before; empty for other changes.
+        from: Bytes,
+        /// Whether the entry is a directory.
+        is_directory: bool,
     }
 }

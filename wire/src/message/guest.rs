@@ -10,6 +10,7 @@ pub const CHANNEL_PORT: u8 = 5;
 
 messages! {
     /// Tells the guest daemon what it could not know: sent by the agent after boot and each resume.
+    /// Every other session of the agent's ends with it: after a resume nobody is at their other end.
     /// Answered by `Done`.
     GuestInit = 0x0400 {
         /// Wall clock time, in microseconds since the epoch.
