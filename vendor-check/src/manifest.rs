@@ -27,8 +27,11 @@ pub struct Dependency {
     pub key: String,
     /// The package's name.
     pub package: String,
-    /// Which versions fit; `None` for a path inside the workspace.
+    /// Which versions fit; `None` for a path.
     pub requirement: Option<Requirement>,
+    /// The path below the workspace; `None` for a crate of the registry, and empty for one that
+    /// leads out.
+    pub path: Option<String>,
     /// Whether a feature turns it on.
     pub optional: bool,
     /// Whether its default features are asked for.
@@ -101,7 +104,7 @@ fn texts(value: Option<&Value>) -> Vec<String> {
 /// A finding about `subject`.
 pub fn of_archive(text: &str, subject: &str) -> Result<Manifest> {
     let table = parse(text, subject)?;
-    read(&table, subject, &Inherited { package: None, dependencies: None }, false)
+    read(&table, subject, &Inherited { package: None, dependencies: None }, None)
 }
 
 fn parse(text: &str, subject: &str) -> Result<Table> {
@@ -144,20 +147,41 @@ pub fn of_workspace(root: &Path, report: &mut Report) -> Result<Workspace> {
             if directory.is_empty() { "Cargo.toml".into() } else { format!("{directory}/Cargo.toml") };
         let table = parse(&files::read_text(&root.join(&subject))?, &subject)?;
         refuse_patches(&table, &subject, report);
-        let manifest = read(&table, &subject, &inherited, true)?;
+        let manifest = read(&table, &subject, &inherited, Some(&directory))?;
         let name = manifest.id.name.clone();
         workspace.directories.insert(name.clone(), directory);
         workspace.members.insert(name, manifest);
     }
     for manifest in workspace.members.values() {
-        for dependency in manifest.dependencies.iter().filter(|dependency| dependency.requirement.is_none()) {
-            if !workspace.members.contains_key(&dependency.package) {
-                let reason = format!("{} comes from a path outside the workspace", dependency.package);
+        for dependency in &manifest.dependencies {
+            let Some(path) = &dependency.path else { continue };
+            // The name alone would let another directory of the same name in.
+            if workspace.directories.get(&dependency.package) != Some(path) {
+                let reason =
+                    format!("{} comes from a path that is no member of the workspace", dependency.package);
                 report.fail(Class::LockSource, manifest.id.to_string(), reason);
             }
         }
     }
     Ok(workspace)
+}
+
+/// A relative path below the workspace, seen from `directory`; `None` where it leads out.
+fn join(directory: &str, path: &str) -> Option<String> {
+    let mut parts: Vec<&str> = directory.split('/').filter(|part| !part.is_empty()).collect();
+    if path.starts_with('/') {
+        return None;
+    }
+    for part in path.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => {
+                parts.pop()?;
+            }
+            part => parts.push(part),
+        }
+    }
+    Some(parts.join("/"))
 }
 
 fn refuse_patches(table: &Table, subject: &str, report: &mut Report) {
@@ -168,7 +192,12 @@ fn refuse_patches(table: &Table, subject: &str, report: &mut Report) {
     }
 }
 
-fn read(table: &Table, subject: &str, inherited: &Inherited<'_>, local: bool) -> Result<Manifest> {
+fn read(
+    table: &Table,
+    subject: &str,
+    inherited: &Inherited<'_>,
+    directory: Option<&str>,
+) -> Result<Manifest> {
     let malformed = |reason: String| Finding::new(Class::LockMalformed, subject, reason);
     let package = table_of(table, "package").ok_or_else(|| malformed("it has no [package]".into()))?;
     let field = |key: &str| -> Option<String> {
@@ -193,10 +222,10 @@ fn read(table: &Table, subject: &str, inherited: &Inherited<'_>, local: bool) ->
         Some(_) => return Err(malformed("its build key is not understood".into())),
     };
     let mut dependencies = Vec::new();
-    read_dependencies(table, None, subject, inherited, local, &mut dependencies)?;
+    read_dependencies(table, None, subject, inherited, directory, &mut dependencies)?;
     for (target, section) in table_of(table, "target").into_iter().flatten() {
         let section = section.as_table().ok_or_else(|| malformed(format!("target {target} is no table")))?;
-        read_dependencies(section, Some(target), subject, inherited, local, &mut dependencies)?;
+        read_dependencies(section, Some(target), subject, inherited, directory, &mut dependencies)?;
     }
     let features = table_of(table, "features")
         .into_iter()
@@ -221,7 +250,7 @@ fn read_dependencies(
     target: Option<&String>,
     subject: &str,
     inherited: &Inherited<'_>,
-    local: bool,
+    directory: Option<&str>,
     into: &mut Vec<Dependency>,
 ) -> Result<()> {
     const SECTIONS: [(&str, DependencyKind); 5] = [
@@ -233,7 +262,7 @@ fn read_dependencies(
     ];
     for (section, kind) in SECTIONS {
         for (key, value) in table_of(table, section).into_iter().flatten() {
-            let mut dependency = read_dependency(key, value, kind, subject, inherited, local)?;
+            let mut dependency = read_dependency(key, value, kind, subject, inherited, directory)?;
             dependency.target = target.cloned();
             into.push(dependency);
         }
@@ -247,7 +276,7 @@ fn read_dependency(
     kind: DependencyKind,
     subject: &str,
     inherited: &Inherited<'_>,
-    local: bool,
+    directory: Option<&str>,
 ) -> Result<Dependency> {
     let malformed =
         |reason: &str| Finding::new(Class::LockMalformed, subject, format!("dependency {key}: {reason}"));
@@ -261,7 +290,7 @@ fn read_dependency(
         let base =
             inherited.dependencies.and_then(|all| all.get(key)).ok_or_else(|| malformed("not inherited"))?;
         let nothing = Inherited { package: None, dependencies: None };
-        let mut dependency = read_dependency(key, base, kind, subject, &nothing, local)?;
+        let mut dependency = read_dependency(key, base, kind, subject, &nothing, directory.map(|_| ""))?;
         dependency.features.extend(texts(table.get("features")));
         dependency.optional = table.get("optional").and_then(Value::as_bool).unwrap_or(false);
         if table.get("default-features").and_then(Value::as_bool) == Some(true) {
@@ -288,13 +317,19 @@ fn read_dependency(
     if let Some(other) = table.keys().find(|key| !KEYS.contains(&key.as_str())) {
         return Err(malformed(&format!("the key {other} is not understood")));
     }
-    let path = table.contains_key("path");
-    if path && !local {
-        let reason = format!("dependency {key} of an archive comes from a path");
-        return Err(Finding::new(Class::LockSource, subject, reason));
-    }
+    let path = match (table.get("path"), directory) {
+        (None, _) => None,
+        (Some(path), Some(directory)) => {
+            let path = path.as_str().ok_or_else(|| malformed("its path is no text"))?;
+            Some(join(directory, path).unwrap_or_default())
+        }
+        (Some(_), None) => {
+            let reason = format!("dependency {key} of an archive comes from a path");
+            return Err(Finding::new(Class::LockSource, subject, reason));
+        }
+    };
     let requirement = match version {
-        _ if path => None,
+        _ if path.is_some() => None,
         Some(version) => {
             Some(Requirement::parse(version).ok_or_else(|| malformed("its version is not understood"))?)
         }
@@ -305,6 +340,7 @@ fn read_dependency(
         key: key.to_owned(),
         package: table.get("package").and_then(Value::as_str).unwrap_or(key).to_owned(),
         requirement,
+        path,
         optional: table.get("optional").and_then(Value::as_bool).unwrap_or(false),
         default_features: default_features.and_then(Value::as_bool).unwrap_or(true),
         features: texts(table.get("features")).into_iter().collect(),

@@ -89,8 +89,18 @@ const ATTACKS: &[Attack] = &[
         );
         f.check()
     }),
-    ("manifest-path-dependency", Class::LockSource, "outside the workspace", |f| {
+    ("manifest-path-dependency", Class::LockSource, "no member of the workspace", |f| {
         f.replace("app/Cargo.toml", "dep.workspace = true", "dep = { path = \"../../dep\" }");
+        f.check()
+    }),
+    ("manifest-path-to-a-double", Class::LockSource, "no member of the workspace", |f| {
+        // Another directory, a package of a member's name.
+        f.replace("Cargo.toml", "[\"app\"]", "[\"app\", \"lib\"]");
+        for directory in ["lib", "double"] {
+            f.write(&format!("{directory}/Cargo.toml"), "[package]\nname = \"lib\"\nversion = \"0.1.0\"\n");
+            f.write(&format!("{directory}/src/lib.rs"), "");
+        }
+        f.append("app/Cargo.toml", "lib = { path = \"../double\" }\n");
         f.check()
     }),
     ("lock-no-checksum", Class::LockChecksum, "dep 1.0.0", |f| {
