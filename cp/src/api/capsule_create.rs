@@ -256,7 +256,8 @@ impl Making {
             let answer = self.answer(&error);
             let reason = answer.error_message().unwrap_or_default();
             db.transaction(|sql| {
-                let from = [CapsuleState::Pending, CapsuleState::Starting];
+                // The reconciler may have found it running meanwhile; it is destroyed below.
+                let from = [CapsuleState::Pending, CapsuleState::Starting, CapsuleState::Running];
                 capsules::change_state(sql, &self.id, &from, CapsuleState::Error, Some(&reason))?;
                 let event = Event::new(Some(&self.principal.team_id), "capsule.create", &self.id);
                 let event = event.with(json!({"template": self.order.template}));

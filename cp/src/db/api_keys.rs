@@ -155,16 +155,3 @@ pub fn note_use(sql: &mut dyn Sql, id: &str) -> Result<(), DbError> {
     )?;
     Ok(())
 }
-
-/// The verifier for a client of the wire protocol that calls itself by a key's id, and the key's team.
-///
-/// # Errors
-/// What the database says.
-pub fn wire_verifier(sql: &mut dyn Sql, id: &str) -> Result<Option<(String, String)>, DbError> {
-    let row = sql.row(
-        "select k.wire_verifier, k.team_id from api_keys k join teams t on t.id = k.team_id
-         where k.id = $1 and t.deleted_at is null",
-        &[&id],
-    )?;
-    row.map(|row| Ok((column(&row, "wire_verifier")?, column(&row, "team_id")?))).transpose()
-}

@@ -29,6 +29,8 @@ use std::time::Duration;
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a broken network may keep what was sent unacknowledged.
 pub const NETWORK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How many unanswered probes, [`CONNECT_TIMEOUT`] apart, end a connection on which an answer is awaited.
+pub const KEEPALIVE_RETRIES: u32 = 3;
 /// How long one statement may run, in milliseconds.
 pub const STATEMENT_TIMEOUT_MS: u32 = 10_000;
 /// How long a statement may wait for a lock, in milliseconds.
@@ -147,7 +149,8 @@ fn configuration(url: &str) -> Result<Config, DbError> {
     config.options(&options);
     config.connect_timeout(CONNECT_TIMEOUT);
     config.tcp_user_timeout(NETWORK_TIMEOUT);
-    config.keepalives(true).keepalives_idle(NETWORK_TIMEOUT).keepalives_interval(CONNECT_TIMEOUT);
+    config.keepalives(true).keepalives_idle(NETWORK_TIMEOUT);
+    config.keepalives_interval(CONNECT_TIMEOUT).keepalives_retries(KEEPALIVE_RETRIES);
     if config.get_application_name().is_none() {
         config.application_name("wrenn-cp");
     }

@@ -122,6 +122,7 @@ fn absent(record: &Record) -> Option<Repair> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeMap;
 
     fn info(id: &str, state: CapsuleState) -> CapsuleInfo {
         CapsuleInfo { capsule_id: id.into(), state, ..CapsuleInfo::default() }
@@ -190,10 +191,91 @@ mod tests {
         assert!(matches!(repairs[..], [Repair::MarkError { .. }]));
     }
 
+    /// A host and its records, and what the repairs do to them.
+    struct World {
+        host: BTreeMap<String, CapsuleState>,
+        records: BTreeMap<String, Record>,
+    }
+
+    impl World {
+        /// Anything that can be, from a seed.
+        fn new(seed: u64) -> World {
+            // Knuth's MMIX generator; the high bits are good enough to pick states.
+            let mut number = seed;
+            let mut pick = |n: usize| {
+                number =
+                    number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                usize::try_from(number >> 33).unwrap_or(0) % n
+            };
+            let mut world = World { host: BTreeMap::new(), records: BTreeMap::new() };
+            for n in 0..12 {
+                let id = format!("cl-{n}");
+                if pick(3) > 0 {
+                    let states = [CapsuleState::Running, CapsuleState::Running, CapsuleState::Error];
+                    world.host.insert(id.clone(), states[pick(3)]);
+                }
+                if pick(4) > 0 {
+                    let states = [
+                        CapsuleState::Starting,
+                        CapsuleState::Running,
+                        CapsuleState::Stopping,
+                        CapsuleState::Stopped,
+                        CapsuleState::Missing,
+                        CapsuleState::Error,
+                    ];
+                    let record = Record { is_here: pick(5) > 0, ..record(&id, states[pick(6)], OLD) };
+                    world.records.insert(id, record);
+                }
+            }
+            world
+        }
+
+        fn repairs(&self) -> Vec<Repair> {
+            let reported: Vec<_> = self.host.iter().map(|(id, state)| info(id, *state)).collect();
+            // As the database is asked: those that should be here, and those that are reported.
+            let is_asked_for = |r: &&Record| {
+                let is_over = [CapsuleState::Stopped, CapsuleState::Error, CapsuleState::Missing];
+                self.host.contains_key(&r.id) || r.is_here && !is_over.contains(&r.state)
+            };
+            let records: Vec<_> = self.records.values().filter(is_asked_for).cloned().collect();
+            compare(&reported, &records)
+        }
+
+        fn carry_out(&mut self, repair: Repair) {
+            let (id, state) = match repair {
+                Repair::MarkRunning(info) => (info.capsule_id, CapsuleState::Running),
+                Repair::MarkError { id, .. } => (id, CapsuleState::Error),
+                Repair::MarkMissing { id } => (id, CapsuleState::Missing),
+                Repair::MarkStopped { id } => (id, CapsuleState::Stopped),
+                Repair::Destroy { id } => {
+                    let wanted = self.records.get(&id).filter(|r| r.is_here).map(|r| r.state);
+                    let runs = self.host.remove(&id) == Some(CapsuleState::Running);
+                    let is_wanted = matches!(wanted, Some(CapsuleState::Running | CapsuleState::Missing));
+                    assert!(!(runs && is_wanted), "a capsule in use was destroyed");
+                    return;
+                }
+            };
+            self.records.get_mut(&id).expect("a record is repaired").state = state;
+        }
+    }
+
     #[test]
-    fn comparing_again_after_the_repairs_repairs_nothing_more() {
-        // A settled world: after each repair the record has the state that the repair set.
-        let after = [record("cl-a", CapsuleState::Missing, OLD), record("cl-b", CapsuleState::Stopped, OLD)];
-        assert_eq!(compare(&[], &after), []);
+    fn any_world_is_in_order_after_a_few_rounds() {
+        for seed in 0..20_000 {
+            let mut world = World::new(seed);
+            for _ in 0..3 {
+                world.repairs().into_iter().for_each(|repair| world.carry_out(repair));
+            }
+            for repair in world.repairs() {
+                assert!(matches!(repair, Repair::MarkRunning(_)), "seed {seed}: still {repair:?}");
+            }
+            for (id, state) in &world.host {
+                let record = world.records.get(id).expect("every capsule is on record");
+                assert_eq!((record.is_here, record.state), (true, *state), "seed {seed}: {id}");
+            }
+            for record in world.records.values().filter(|r| r.is_here && r.state == CapsuleState::Running) {
+                assert!(world.host.contains_key(&record.id), "seed {seed}: {} does not run", record.id);
+            }
+        }
     }
 }
