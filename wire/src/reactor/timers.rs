@@ -44,13 +44,6 @@ impl<K: Ord + Copy> Timers<K> {
         }
     }
 
-    /// Sets the timer of `key` unless it has one.
-    pub fn set_if_absent(&mut self, key: K, at_ms: u64) {
-        if !self.by_key.contains_key(&key) {
-            self.set(key, at_ms);
-        }
-    }
-
     /// When the next timer is due.
     pub fn next_ms(&self) -> Option<u64> {
         self.by_time.first().map(|(at, _)| *at)
@@ -77,7 +70,6 @@ mod tests {
         timers.set('c', 20);
         timers.update('a', Some(10));
         timers.set('a', 10);
-        timers.set_if_absent('a', 1);
         timers.update('c', None);
         assert_eq!(timers.next_ms(), Some(10));
         assert_eq!(timers.pop_due(9), None);

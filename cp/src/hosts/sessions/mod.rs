@@ -155,6 +155,8 @@ pub struct Hosts {
     timers: Timers<TimerKey>,
     dirty: BTreeSet<Token>,
     events: VecDeque<HostEvent>,
+    /// The time of the present turn.
+    now_ms: u64,
     is_closing: bool,
 }
 
@@ -181,6 +183,7 @@ impl Hosts {
             timers: Timers::default(),
             dirty: BTreeSet::new(),
             events: VecDeque::new(),
+            now_ms: 0,
             is_closing: false,
         }
     }
@@ -315,6 +318,9 @@ impl Hosts {
                     self.dirty.insert(call.host);
                 }
             }
+            if host.streams.is_empty() && host.waiting.is_empty() {
+                self.timers.set(TimerKey::Idle(call.host), self.now_ms + IDLE_CLOSE_MS);
+            }
         }
         Some(call)
     }
@@ -385,6 +391,7 @@ impl Hosts {
 
     /// Does what is due.
     pub fn handle_timeouts(&mut self, now_ms: u64) {
+        self.now_ms = now_ms;
         while let Some(key) = self.timers.pop_due(now_ms) {
             match key {
                 TimerKey::Call(id) => {
@@ -409,12 +416,6 @@ impl Hosts {
                         }
                     }
                 }
-            }
-        }
-        // A session without calls is kept for a while; asking here costs nothing in the calls' way.
-        for (token, host) in &self.hosts {
-            if host.streams.is_empty() && host.waiting.is_empty() {
-                self.timers.set_if_absent(TimerKey::Idle(*token), now_ms + IDLE_CLOSE_MS);
             }
         }
     }
