@@ -294,9 +294,10 @@ impl Making {
             }
             // The request passed our own checks; what is left is between us and the host.
             Some(Code::InvalidRequest) => invalid(&error.to_string()),
-            Some(Code::Unavailable | Code::ResourceExhausted | Code::ShuttingDown) => {
+            Some(Code::ResourceExhausted | Code::ShuttingDown) => {
                 Response::error(503, "host_unavailable", &error.to_string())
             }
+            // The host is there: it is the guest that did not come up.
             Some(_) => {
                 Response::error(502, "agent_error", &format!("the capsule could not be started: {error}"))
             }

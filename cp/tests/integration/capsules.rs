@@ -148,6 +148,7 @@ fn failed_creates_leave_nothing() {
     for (failure, status, code) in [
         (remote(Code::Internal), 502, "agent_error"),
         (remote(Code::DeadlineExceeded), 502, "agent_error"),
+        (remote(Code::Unavailable), 502, "agent_error"),
         (remote(Code::ResourceExhausted), 503, "host_unavailable"),
         (remote(Code::NotFound), 404, "not_found"),
         (remote(Code::InvalidRequest), 400, "invalid_request"),
