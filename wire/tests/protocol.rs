@@ -115,3 +115,34 @@ fn limits_are_described_as_they_are() {
     assert_eq!(limit("silence before PING, before the end"), format!("{} s {} s", silence.0, silence.1));
     assert_eq!(session::OUTPUT_HARD_LIMIT, 1 << 20);
 }
+
+/// The tables of messages in the clients of other languages: the file, how a line begins, and its end.
+const CLIENTS: [(&str, &str, &str, &str); 2] =
+    [("clients/python/wrenn_wire.py", "    ", ": (", "),"), ("clients/c/wrenn_wire.c", "    {", ", ", "},")];
+
+#[test]
+fn other_clients_have_the_messages_as_they_are() {
+    for (file, begin, separator, end) in CLIENTS {
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(file);
+        let source = std::fs::read_to_string(&path).expect(file);
+        let start = source.find("messages: begin").expect("the begin mark");
+        // After the mark's own line and the one that opens the table.
+        let start = start + source[start..].match_indices('\n').nth(1).expect("two lines").0 + 1;
+        // The lines of the table are indented; the one that closes it is not.
+        let length: usize =
+            source[start..].split_inclusive('\n').take_while(|l| l.starts_with(' ')).map(str::len).sum();
+        let mut table = String::new();
+        for message in descriptions() {
+            let fields: Vec<String> =
+                message.fields.iter().map(|(name, kind, _)| format!("{name} {kind}")).collect();
+            let (kind, name, fields) = (message.kind, message.name, fields.join("; "));
+            let _ = writeln!(table, "{begin}{kind:#06x}{separator}\"{name}\", \"{fields}\"{end}");
+        }
+        if std::env::var_os("WRENN_BLESS").is_some() {
+            let blessed = format!("{}{table}{}", &source[..start], &source[start + length..]);
+            std::fs::write(&path, blessed).expect(file);
+        } else {
+            assert!(source[start..start + length] == table, "{file} has other messages: bless this test");
+        }
+    }
+}

@@ -410,7 +410,7 @@ fn run(seed: u64) -> u64 {
         // All credit came back: new streams work.
         if !drained {
             let id = client.session.open(&Done {}, false).expect("open");
-            assert_eq!(client.session.send_data(id, 1, &[1; 60_000]), Ok(60_000));
+            assert_eq!(client.session.send_data(id, 1, &[1; 30_000]), Ok(30_000));
         }
     } else {
         // Whoever is still waiting finds out by silence.
