@@ -34,6 +34,8 @@ impl<T> Sender<T> {
 #[derive(Debug)]
 pub struct Receiver<T> {
     queue: mpsc::Receiver<T>,
+    /// A waker's last wake is lost with it, so it lives as long as there is somebody to wake.
+    _waker: Arc<Waker>,
 }
 
 impl<T> Receiver<T> {
@@ -46,7 +48,7 @@ impl<T> Receiver<T> {
 /// A mailbox whose sender wakes the poll that `waker` belongs to.
 pub fn mailbox<T>(waker: Arc<Waker>) -> (Sender<T>, Receiver<T>) {
     let (sender, receiver) = mpsc::channel();
-    (Sender { queue: sender, waker }, Receiver { queue: receiver })
+    (Sender { queue: sender, waker: Arc::clone(&waker) }, Receiver { queue: receiver, _waker: waker })
 }
 
 #[cfg(test)]
