@@ -101,7 +101,7 @@ mod tests {
     fn the_child_keeps_only_what_it_is_given() -> io::Result<()> {
         let (kept, dropped) = (File::open("/dev/null")?, File::open("/dev/null")?);
         let mut command = Command::new("/bin/sh");
-        command.env_clear().args(["-c", "ls /proc/self/fd; cut -d' ' -f6 /proc/$$/stat; echo $$; ulimit -c"]);
+        command.env_clear().args(["-c", "ls /proc/$$/fd; cut -d' ' -f6 /proc/$$/stat; echo $$; ulimit -c"]);
         command.stdin(Stdio::null()).stdout(Stdio::piped());
         let inherit = [kept.as_fd()];
         let child = spawn(&mut command, &Confinement { inherit: &inherit, ..Confinement::default() })?;
