@@ -3,4 +3,5 @@
 mod cargo_holes;
 mod corpus;
 mod evidence;
+mod robustness;
 mod support;
