@@ -48,9 +48,9 @@ fn archives() {
     let mut random = Random(1);
     for _ in 0..ROUNDS {
         let damaged = mutate(&packed, &mut random);
-        assert!(
-            gzip::decompress(&damaged, LIMIT).is_ok_and(|plain| plain.len() <= LIMIT) || damaged != packed
-        );
+        if let Ok(plain) = gzip::decompress(&damaged, LIMIT) {
+            assert!(plain.len() <= LIMIT);
+        }
         let _ = inflate::inflate(&damaged[damaged.len().min(10)..], LIMIT);
         let inner = mutate(&plain, &mut random);
         let _ = tar::entries(&inner);
