@@ -11,8 +11,11 @@ use wire::auth::{AuthError, NONCE_LEN};
 use wire::message::{Code, Health};
 use wire::session::{Event, HANDSHAKE_TIMEOUT_MS, Limits, Session, SessionError};
 
-/// A whole handshake, recorded: what the client sent and what the server sent, frame by frame.
-static RECORDED: LazyLock<(Vec<Vec<u8>>, Vec<Vec<u8>>)> = LazyLock::new(|| {
+/// The client's frames, then the server's.
+type Frames = (Vec<Vec<u8>>, Vec<Vec<u8>>);
+
+/// A whole handshake, recorded.
+static RECORDED: LazyLock<Frames> = LazyLock::new(|| {
     let mut joined = Joined::new(SECRET, 1);
     joined.run();
     joined.client.open(&Health {}, true).expect("open");
