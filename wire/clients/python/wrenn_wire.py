@@ -647,6 +647,8 @@ class Stream:
             return "data", event[2], event[3]
         name, fields = decode_message(event[2], event[3])
         if name == "Error":
+            # The last message of its half: nothing more is waited for.
+            self.cancel()
             raise Refused(fields["code"], fields["text"], fields["errno"])
         return "message", name, fields
 
