@@ -16,12 +16,15 @@ fn read(path: &CStr) -> String {
     String::from_utf8(bytes).unwrap_or_default()
 }
 
+/// Far above any real figure, and low enough for sums and units not to overflow.
+const MAX_FIGURE: u64 = 1 << 50;
+
 fn number(field: Option<&str>) -> u64 {
-    field.and_then(|f| f.parse().ok()).unwrap_or(0)
+    field.and_then(|f| f.parse().ok()).unwrap_or(0).min(MAX_FIGURE)
 }
 
 /// Working and idle time in milliseconds, and the number of processors.
-fn processors(stat: &str) -> (u64, u64, u32) {
+pub fn processors(stat: &str) -> (u64, u64, u32) {
     let mut fields = stat.lines().next().unwrap_or("").split_ascii_whitespace().skip(1);
     let mut next = || number(fields.next());
     let (user, nice, system, idle, wait) = (next(), next(), next(), next(), next());
@@ -32,13 +35,13 @@ fn processors(stat: &str) -> (u64, u64, u32) {
 }
 
 /// A field of `/proc/meminfo`, in bytes.
-fn memory(meminfo: &str, name: &str) -> u64 {
+pub fn memory(meminfo: &str, name: &str) -> u64 {
     let line = meminfo.lines().find_map(|l| l.strip_prefix(name)).and_then(|l| l.strip_prefix(':'));
     number(line.and_then(|l| l.split_ascii_whitespace().next())) * 1024
 }
 
 /// Received and sent bytes of all interfaces but the loopback.
-fn network(dev: &str) -> (u64, u64) {
+pub fn network(dev: &str) -> (u64, u64) {
     let mut sum = (0, 0);
     for (name, fields) in dev.lines().filter_map(|l| l.split_once(':')) {
         if name.trim() != "lo" {
@@ -51,7 +54,7 @@ fn network(dev: &str) -> (u64, u64) {
 }
 
 /// The load over one minute in thousandths, and the number of processes.
-fn load(loadavg: &str) -> (u32, u32) {
+pub fn load(loadavg: &str) -> (u32, u32) {
     let mut fields = loadavg.split_ascii_whitespace();
     let (whole, part) = fields.next().and_then(|f| f.split_once('.')).unwrap_or(("0", "0"));
     let thousandths = number(Some(whole)) * 1000 + number(part.get(..2)) * 10;

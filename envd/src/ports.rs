@@ -43,7 +43,7 @@ fn listener(line: &str) -> Option<(u16, bool)> {
 }
 
 /// The ports of the tables, in order; one that is listened on more than once is open when one of them is.
-fn listeners<'a>(tables: impl Iterator<Item = &'a str>) -> BTreeMap<u16, bool> {
+pub fn listeners<'a>(tables: impl Iterator<Item = &'a str>) -> BTreeMap<u16, bool> {
     let mut ports = BTreeMap::new();
     for (port, is_loopback) in tables.flat_map(str::lines).filter_map(listener) {
         ports.entry(port).and_modify(|only| *only &= is_loopback).or_insert(is_loopback);

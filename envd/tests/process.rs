@@ -325,6 +325,22 @@ fn terminals_have_job_control_and_a_size() {
 }
 
 #[test]
+fn a_terminal_ends_with_its_stream() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let files = daemon.open_files();
+    let start = ProcessStart { terminal_columns: 80, terminal_rows: 24, ..command(&["/bin/bash", "-i"]) };
+    let stream = client.open(&start, false);
+    client.message::<ProcessStarted>(stream);
+    client.wait_for(|e| matches!(e, Event::Data { .. }));
+    let begin = Instant::now();
+    client.session.reset(stream, Code::Cancelled, "enough");
+    client.turn(Duration::from_millis(1));
+    daemon.wait_until_clean(files);
+    assert!(begin.elapsed() < Duration::from_millis(1500), "it had to be killed: {:?}", begin.elapsed());
+}
+
+#[test]
 fn who_has_not_the_secret_is_refused() {
     let daemon = Daemon::start();
     for (identity, secret) in [("agent", &b"guess"[..]), ("cp", SECRET)] {

@@ -26,7 +26,7 @@ pub const DETACHED_RING: usize = 256 * 1024;
 const MAX_ENDED: usize = 32;
 /// How long the result of a detached process is kept.
 const KEEP_ENDED_MS: u64 = 10 * 60 * 1000;
-/// Between SIGTERM and SIGKILL.
+/// Between SIGTERM (at a terminal SIGHUP) and SIGKILL.
 const KILL_AFTER_MS: u64 = 2_000;
 /// How long an ended process's pipes are read on when somebody else holds them open.
 const DRAIN_MS: u64 = 100;
@@ -386,7 +386,9 @@ impl Supervisor {
             return;
         }
         process.stopping = Stopping::Asked;
-        let _ = signal::kill_group(process.pid, libc::SIGTERM as u32);
+        // A shell at a terminal takes no notice of SIGTERM; a terminal that goes away says SIGHUP.
+        let polite = if process.terminal { libc::SIGHUP } else { libc::SIGTERM };
+        let _ = signal::kill_group(process.pid, polite as u32);
         process.set_timer(&mut self.timers, id, Timer::Kill, now_ms + KILL_AFTER_MS);
     }
 
