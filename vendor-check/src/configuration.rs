@@ -14,13 +14,15 @@ const CONFIGURATION_FILES: [&str; 4] =
 /// Directories of the workspace that hold build products or what other checks cover.
 const SKIPPED: [&str; 5] = ["target", "builds", "vendor", "dist", ".git"];
 /// Variables that change what Cargo builds, or with which program.
-const VARIABLES: [&str; 8] = [
+const VARIABLES: [&str; 10] = [
     "RUSTC",
     "RUSTC_WRAPPER",
     "RUSTC_WORKSPACE_WRAPPER",
     "CARGO_BUILD_RUSTC",
     "CARGO_BUILD_RUSTC_WRAPPER",
     "CARGO_BUILD_RUSTFLAGS",
+    "CARGO_BUILD_TARGET",
+    "CARGO_ENCODED_RUSTFLAGS",
     "CARGO_REGISTRY_DEFAULT",
     "RUSTC_BOOTSTRAP",
 ];
