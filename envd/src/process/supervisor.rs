@@ -1,20 +1,17 @@
 //! All processes: their starts and ends, their input and output, who watches them.
 
 use super::request::{self, Defaults, start_error};
-use super::table::{Output, Piece, Process, ProcessKey, Stopping, Timer, Timers, Watcher};
+use super::streams::{Ends, close_input, read_after_exit, read_output, send_to_watchers, watch_output};
+use super::table::{Piece, Process, ProcessKey, Stopping, Timer, Timers, Watcher};
 use crate::connection::{Connections, StreamKey, Task};
 use crate::sys::epoll::Epoll;
 use crate::sys::signal::Exit;
-use crate::sys::{Errno, Fd, fd, file, pty, signal, spawn};
+use crate::sys::{Errno, Fd, signal, spawn};
 use crate::token::{Token, Way};
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::format;
 use alloc::vec::Vec;
-use wire::codec::Bytes;
-use wire::message::{
-    CHANNEL_STDERR, CHANNEL_STDOUT, CHANNEL_TERMINAL, Code, Error, ProcessAttached, ProcessExited,
-    ProcessListReply, ProcessStart, ProcessStarted,
-};
+use wire::message::{Code, Error, ProcessExited, ProcessStart, ProcessStarted};
 
 /// Processes that envd supervises at once.
 pub const MAX_PROCESSES: usize = 16_384;
@@ -32,14 +29,8 @@ const KILL_AFTER_MS: u64 = 2_000;
 const DRAIN_MS: u64 = 100;
 /// How long a watcher may hold a detached process up before it has to attach again.
 const STALL_MS: u64 = 10_000;
-/// Streams that may watch one process.
-const MAX_WATCHERS: usize = 64;
 /// Pipes of ended processes that are read on, so that what they left running is not hit by SIGPIPE.
 const MAX_LEFT_OVER: usize = 256;
-/// Bytes of arguments told of one process in a list.
-const MAX_LISTED_ARGV: usize = 1024;
-/// Bytes of one list message; longer lists come in several.
-const MAX_LIST_MESSAGE: usize = 48 * 1024;
 
 /// What the supervisor works with and does not own.
 pub struct Shell<'a> {
@@ -56,10 +47,10 @@ pub struct Shell<'a> {
 /// All processes that were started here.
 #[derive(Default)]
 pub struct Supervisor {
-    processes: BTreeMap<ProcessKey, Process>,
+    pub(super) processes: BTreeMap<ProcessKey, Process>,
     by_pid: BTreeMap<u32, ProcessKey>,
-    timers: Timers,
-    ended: VecDeque<ProcessKey>,
+    pub(super) timers: Timers,
+    pub(super) ended: VecDeque<ProcessKey>,
     left_over: BTreeMap<u32, Fd>,
     next_key: ProcessKey,
     next_left_over: u32,
@@ -201,7 +192,7 @@ impl Supervisor {
 
     /// Moves output on: from the pipes into the ring, from the ring to the watchers; and ends what has
     /// ended.
-    fn advance(&mut self, id: ProcessKey, shell: &mut Shell<'_>) {
+    pub(super) fn advance(&mut self, id: ProcessKey, shell: &mut Shell<'_>) {
         let Some(process) = self.processes.get_mut(&id) else { return };
         let mut left_over = Vec::new();
         loop {
@@ -373,6 +364,11 @@ impl Supervisor {
         if process.owner == Some(key) {
             process.owner = None;
             if !process.detached {
+                if process.terminal && process.watchers.is_empty() {
+                    // The terminal is gone, and with it the reads that could outlast a signal.
+                    close_input(process, shell.connections);
+                    process.outputs.clear();
+                }
                 self.stop(id, shell.now_ms);
             }
         }
@@ -437,101 +433,6 @@ impl Supervisor {
         self.advance(id, shell);
     }
 
-    fn by_tag(&self, tag: &str) -> Option<ProcessKey> {
-        // The last one: a tag is free again once its process has ended.
-        self.processes.iter().rev().find(|(_, p)| p.tag == tag).map(|(id, _)| *id)
-    }
-
-    /// Finds a process by its id in decimal, or by its tag.
-    fn select(&self, selector: &str) -> Result<ProcessKey, Error> {
-        let found = match crate::users::number(selector.as_bytes()) {
-            Some(pid) => self.processes.iter().rev().find(|(_, p)| p.pid == pid).map(|(id, _)| *id),
-            None if selector.is_empty() => None,
-            None => self.by_tag(selector),
-        };
-        found.filter(|id| self.processes.get(id).is_some_and(|p| p.report.is_none())).ok_or_else(|| {
-            Error::new(
-                Code::NotFound,
-                format!("no process {selector:?} runs: list the processes for their ids and tags"),
-            )
-        })
-    }
-
-    /// Sends a signal to the group of a selected process.
-    pub fn signal(&mut self, selector: &str, number: u32) -> Result<(), Error> {
-        let id = self.select(selector)?;
-        self.signal_process(id, number)
-    }
-
-    /// Sends a signal to a process's group.
-    pub fn signal_process(&mut self, id: ProcessKey, number: u32) -> Result<(), Error> {
-        if !(1..=signal::MAX_SIGNAL).contains(&number) {
-            return Err(Error::new(Code::InvalidRequest, "a signal is a number from 1 to 64"));
-        }
-        match self.processes.get(&id).filter(|p| p.exit.is_none()) {
-            Some(process) => signal::kill_group(process.pid, number)
-                .map_err(|e| request::errno_error("cannot send the signal", e)),
-            None => Err(Error::new(Code::NotFound, "the process has ended already")),
-        }
-    }
-
-    /// Sets the size of a process's terminal.
-    pub fn resize(&self, id: ProcessKey, columns: u16, rows: u16) -> Result<(), Error> {
-        let process = self.processes.get(&id).filter(|p| p.terminal);
-        let Some(master) = process.and_then(|p| p.outputs.first()).and_then(|o| o.fd.as_ref()) else {
-            return Err(Error::new(Code::InvalidState, "the process has no terminal"));
-        };
-        pty::resize(master, columns.max(1), rows.max(1))
-            .map_err(|e| request::errno_error("cannot resize the terminal", e))
-    }
-
-    /// Lets a stream watch a process.
-    pub fn attach(
-        &mut self,
-        key: StreamKey,
-        selector: &str,
-        from_byte: u64,
-        shell: &mut Shell<'_>,
-    ) -> Result<(), Error> {
-        let id = self.select(selector)?;
-        let Some(process) = self.processes.get_mut(&id) else { return Ok(()) };
-        if process.watchers.len() >= MAX_WATCHERS {
-            return Err(Error::new(
-                Code::ResourceExhausted,
-                format!("{MAX_WATCHERS} streams watch the process already"),
-            ));
-        }
-        let at = from_byte.clamp(process.ring.start(), process.ring.end());
-        process.watchers.push(Watcher { key, at });
-        let attached = ProcessAttached { pid: process.pid, tag: process.tag.clone(), from_byte: at };
-        shell.connections.send(key, &attached);
-        shell.connections.set_task(key, Task::Watcher(id));
-        // It is needed again for a while.
-        process.clear_timer(&mut self.timers, id, Timer::Expire);
-        self.ended.retain(|other| *other != id);
-        self.advance(id, shell);
-        Ok(())
-    }
-
-    /// The processes that run, in messages of bounded size; at least one.
-    pub fn list(&self) -> Vec<ProcessListReply> {
-        let mut replies = alloc::vec![ProcessListReply::default()];
-        let mut size = 0;
-        for process in self.processes.values().filter(|p| p.is_running()) {
-            let argv = listed_argv(&process.argv);
-            let cost = argv.iter().map(|a| a.len() + 4).sum::<usize>() + process.tag.len() + 16;
-            if size + cost > MAX_LIST_MESSAGE {
-                replies.push(ProcessListReply::default());
-                size = 0;
-            }
-            size += cost;
-            if let Some(last) = replies.last_mut() {
-                last.processes.push(((process.pid, process.tag.clone()), argv));
-            }
-        }
-        replies
-    }
-
     /// Ends every process, at the end of envd itself.
     pub fn kill_all(&mut self) {
         for process in self.processes.values().filter(|p| p.exit.is_none()) {
@@ -559,154 +460,4 @@ impl Supervisor {
             self.left_over.remove(&number);
         }
     }
-}
-
-/// Both ends of a new process's standard streams.
-struct Ends {
-    child: [Fd; 3],
-    input: Option<Fd>,
-    outputs: Vec<Output>,
-}
-
-impl Ends {
-    fn open(start: &ProcessStart, owner: u32) -> Result<Ends, Errno> {
-        let output = |fd, channel| Output { fd: Some(fd), channel, watched: false };
-        if start.terminal_columns > 0 {
-            let (master, slave) = pty::open(owner, start.terminal_columns, start.terminal_rows)?;
-            let child = [slave.duplicate()?, slave.duplicate()?, slave];
-            let input = master.duplicate()?;
-            let outputs = alloc::vec![output(master, CHANNEL_TERMINAL)];
-            return Ok(Ends { child, input: Some(input), outputs });
-        }
-        let (stdin, input) = if start.stdin {
-            let (reader, writer) = fd::pipe(0)?;
-            writer.set_nonblocking()?;
-            (reader, Some(writer))
-        } else {
-            (file::open(file::CURRENT, c"/dev/null", libc::O_RDONLY, 0)?, None)
-        };
-        let (out_reader, stdout) = fd::pipe(0)?;
-        let (error_reader, stderr) = fd::pipe(0)?;
-        out_reader.set_nonblocking()?;
-        error_reader.set_nonblocking()?;
-        let outputs = alloc::vec![output(out_reader, CHANNEL_STDOUT), output(error_reader, CHANNEL_STDERR)];
-        Ok(Ends { child: [stdin, stdout, stderr], input, outputs })
-    }
-}
-
-/// Gives every watcher what it has not got and can take now. Whether anything moved.
-fn send_to_watchers(process: &mut Process, connections: &mut Connections) -> bool {
-    let mut moved = false;
-    let ring = &process.ring;
-    process.watchers.retain_mut(|watcher| {
-        // A watcher of a detached process that was held up longer than others were.
-        watcher.at = watcher.at.max(ring.start());
-        while let Some((channel, piece)) = ring.piece(watcher.at) {
-            let Some(taken) = connections.send_data(watcher.key, channel, piece) else { return false };
-            watcher.at += taken as u64;
-            moved |= taken > 0;
-            if taken < piece.len() {
-                break;
-            }
-        }
-        true
-    });
-    moved
-}
-
-/// What a read from a process gave.
-enum Read {
-    Some,
-    Nothing,
-    End,
-}
-
-/// Reads once, as much as the ring has room for.
-fn read_output(process: &mut Process, index: usize, shell: &mut Shell<'_>) -> Read {
-    let room = process.ring.room_keeping(process.needed_from()).min(shell.scratch.len());
-    let Some(output) = process.outputs.get_mut(index) else { return Read::Nothing };
-    let Some(fd) = &output.fd else { return Read::End };
-    if room == 0 {
-        return Read::Nothing;
-    }
-    match fd.read(&mut shell.scratch[..room]) {
-        Ok(0) => {}
-        Ok(n) => {
-            process.ring.push(output.channel, &shell.scratch[..n]);
-            return Read::Some;
-        }
-        Err(Errno(libc::EAGAIN)) => return Read::Nothing,
-        // A terminal ends with EIO once nobody has it open.
-        Err(_) => {}
-    }
-    output.fd = None;
-    output.watched = false;
-    Read::End
-}
-
-/// Reads what an ended process left in its pipes. When it has been given its time, a pipe that is empty
-/// but held open by others is taken from the process.
-fn read_after_exit(process: &mut Process, left_over: &mut Vec<Fd>, shell: &mut Shell<'_>) -> bool {
-    let mut moved = false;
-    for index in 0..process.outputs.len() {
-        let room = process.ring.room_keeping(process.needed_from());
-        match read_output(process, index, shell) {
-            Read::Some => moved = true,
-            Read::Nothing if process.drained && room > 0 => {
-                let output = &mut process.outputs[index];
-                if let Some(fd) = output.fd.take() {
-                    if output.watched {
-                        shell.epoll.remove(&fd);
-                        output.watched = false;
-                    }
-                    if !process.terminal {
-                        left_over.push(fd);
-                    }
-                }
-            }
-            Read::Nothing | Read::End => {}
-        }
-    }
-    moved
-}
-
-/// Watches an output while there is room for what it gives. A pipe that is not read is not watched at all:
-/// its end would be reported again and again.
-fn watch_output(process: &mut Process, id: ProcessKey, index: usize, wanted: bool, epoll: &Epoll) {
-    let output = &mut process.outputs[index];
-    // Before exec has succeeded there is nothing to tell yet.
-    let wanted = wanted && process.report.is_none();
-    let Some(fd) = output.fd.as_ref().filter(|_| wanted != output.watched) else { return };
-    if wanted {
-        let token = Token::Process(id, Way::Output(index as u8)).pack();
-        output.watched = epoll.add(fd, libc::EPOLLIN, token).is_ok();
-    } else {
-        epoll.remove(fd);
-        output.watched = false;
-    }
-}
-
-/// Closes a process's input and gives back the credit of what it did not take.
-fn close_input(process: &mut Process, connections: &mut Connections) {
-    process.input.fd = None;
-    process.input.watched = false;
-    process.input.written = 0;
-    for piece in core::mem::take(&mut process.input.queue) {
-        connections.release(piece.from, piece.cost);
-    }
-}
-
-/// The first arguments, as many as a list may show.
-fn listed_argv(argv: &[Bytes]) -> Vec<Bytes> {
-    let mut left = MAX_LISTED_ARGV;
-    let mut listed = Vec::new();
-    for argument in argv {
-        let cut = argument.len().min(left);
-        listed.push(Bytes(argument[..cut].to_vec()));
-        left = left.saturating_sub(cut + 4);
-        if left == 0 {
-            break;
-        }
-    }
-    listed
 }
