@@ -289,13 +289,22 @@ impl Making {
         let template = &self.order.template;
         match error.remote_code() {
             Some(Code::NotFound) => {
-                let message = format!("there is no template {template:?}: {error}");
+                // The host's own words have paths of the host in them; they are in the log.
+                let message = format!("there is no template {template:?} on a host that could take it");
                 Response::error(404, "not_found", &message)
             }
             // The request passed our own checks; what is left is between us and the host.
             Some(Code::InvalidRequest) => invalid(&error.to_string()),
             Some(Code::ResourceExhausted | Code::ShuttingDown) => {
                 Response::error(503, "host_unavailable", &error.to_string())
+            }
+            // A fault of the host is for its operator, who has the text in the log.
+            Some(Code::Internal) => {
+                let id = &self.id;
+                let message = format!(
+                    "the capsule could not be started: its host failed; the server's log has why, at {id}"
+                );
+                Response::error(502, "agent_error", &message)
             }
             // The host is there: it is the guest that did not come up.
             Some(_) => {

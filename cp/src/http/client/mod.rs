@@ -11,6 +11,7 @@ use std::cell::Cell;
 use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::rc::Rc;
+use std::sync::LazyLock;
 use wire::frame::PREAMBLE;
 use wire::http1::{
     Framing, HttpError, Limits, RequestEvent, RequestHead, RequestParser, ResponseWriter, parse_query,
@@ -466,9 +467,11 @@ impl Client {
 /// A wire client on the public port. No identity is known to it, so that every handshake ends as it does
 /// with a wrong secret.
 fn serve_wire(session: &mut Session) {
+    // One key for all handshakes: an identity that is asked for twice gets the same salt.
+    static DECOY_KEY: LazyLock<[u8; 32]> = LazyLock::new(crate::auth::random::bytes::<32>);
     while let Some(event) = session.poll_event() {
         if let wire::session::Event::Authenticate { .. } = event {
-            session.provide_verifier(None, &crate::auth::random::bytes::<32>());
+            session.provide_verifier(None, DECOY_KEY.as_slice());
         }
     }
 }
