@@ -15,6 +15,7 @@ ENVD_TARGET := x86_64-unknown-linux-gnu
 ENVD_RUSTFLAGS := -C target-feature=+crt-static -C relocation-model=static -C link-arg=-nostartfiles
 
 include vendor-check/vendor.mk
+include wire/fuzz/fuzz.mk
 
 .PHONY: help
 help: ## list the targets

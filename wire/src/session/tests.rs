@@ -1,8 +1,9 @@
 //! Two sessions joined by a perfect transport; hostile ones are in `tests/`.
 
 use super::*;
-use crate::auth::{ITERATIONS, Verifier};
-use crate::message::{Done, Health, HealthReply};
+use crate::auth::{AuthError, ITERATIONS, Verifier};
+use crate::frame::MAX_PAYLOAD;
+use crate::message::{Code, Done, Health, HealthReply, Message};
 
 const SECRET: &[u8] = b"0123456789abcdef";
 
