@@ -207,7 +207,7 @@ fn rss_kb(status: &str) -> Option<u64> {
 
 fn sizes(stack: &Stack, id: &str) -> Result<()> {
     let (cp, agent) = stack.pids();
-    let script = "cat /proc/$(pgrep -x envd | head -n 1)/status";
+    let script = "for p in /proc/[0-9]*; do [ \"$(cat $p/comm)\" = envd ] && cat $p/status && break; done";
     let body = json!({"cmd": "/bin/sh", "args": ["-c", script]});
     let answer: Value = stack.client().post(&format!("/v1/capsules/{id}/exec"), &body)?.json();
     let envd_kb = rss_kb(answer["stdout"].as_str().unwrap_or_default());
