@@ -13,7 +13,7 @@ use core::ffi::CStr;
 /// How long the interface may take to appear.
 const INTERFACE_WAIT_MS: u64 = 3_000;
 /// How long the interface may take to get its carrier. Without one the guest is still of use.
-const RUNNING_WAIT_MS: u64 = 500;
+const CARRIER_WAIT_MS: u64 = 500;
 /// Between two looks at it.
 const INTERFACE_POLL_US: u64 = 500;
 /// Bytes of `/etc/hosts` and the like that are compared before they are written.
@@ -36,18 +36,24 @@ pub fn configure(line: &CommandLine) -> Result<(), BootError> {
         interfaces.set_gateway(gateway).during(&format!("route by {gateway}"))?;
     }
     let named = name_host(network);
-    wait_until_running(&interfaces, &device).during(&format!("ask for the state of {device}"))?;
+    wait_for_carrier(&device);
     named
 }
 
 /// Packets before this are lost, and the kernel asks for the gateway's hardware address again only after a
-/// second.
-fn wait_until_running(interfaces: &Configurator, device: &str) -> Result<(), Errno> {
-    let deadline = clock::monotonic_ms() + RUNNING_WAIT_MS;
-    while !interfaces.is_running(device)? && clock::monotonic_ms() < deadline {
+/// second. The carrier is what counts: whether the interface is `RUNNING` is known up to a second later
+/// (net/core/link_watch.c).
+fn wait_for_carrier(device: &str) {
+    let Ok(path) = CString::new(format!("/sys/class/net/{device}/carrier")) else { return };
+    let deadline = clock::monotonic_ms() + CARRIER_WAIT_MS;
+    while clock::monotonic_ms() < deadline {
+        if file::read_file(&path, MAX_FILE).is_ok_and(|carrier| carrier.starts_with(b"1")) {
+            break;
+        }
         clock::sleep_us(INTERFACE_POLL_US);
     }
-    Ok(())
+    // The kernel's own work that lets packets through follows the carrier at once, but in another thread.
+    clock::sleep_us(INTERFACE_POLL_US);
 }
 
 fn name_host(network: &Network) -> Result<(), BootError> {

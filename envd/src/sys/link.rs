@@ -88,15 +88,6 @@ impl Configurator {
         self.ioctl(libc::SIOCSIFFLAGS as libc::c_ulong, &mut request)
     }
 
-    /// Whether an interface can carry packets: it is up, has its carrier, and the kernel has noticed.
-    pub fn is_running(&self, interface: &str) -> Result<bool, Errno> {
-        let mut request = request(interface)?;
-        self.ioctl(libc::SIOCGIFFLAGS as libc::c_ulong, &mut request)?;
-        // SAFETY: the ioctl has filled in the flags.
-        let flags = i32::from(unsafe { request.data.flags });
-        Ok(flags & libc::IFF_RUNNING != 0)
-    }
-
     /// Sets an interface's address and network mask.
     pub fn set_address(&self, interface: &str, ip: Ipv4Addr, mask: Ipv4Addr) -> Result<(), Errno> {
         let mut address = request(interface)?;
