@@ -55,7 +55,7 @@ fn requests_without_end_from_a_client_that_reads_nothing_are_bounded() {
 #[test]
 fn idle_connections_make_room_for_new_ones() {
     let _alone = ALONE.lock();
-    wrenn_cp::sys::resources::raise_open_files().expect("a limit");
+    wire::reactor::sys::resources::raise_open_files().expect("a limit");
     let server = start(ROUTES, Vec::new());
     let before = resident_kib();
     let crowd: Vec<TcpStream> = (0..3000).map(|_| server.connect()).collect();

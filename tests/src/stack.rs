@@ -233,9 +233,13 @@ impl Stack {
         self.start_agent()?;
         let admin = self.admin()?;
         let path = format!("/v1/hosts/{}", self.host_id);
-        wait_until("the host to come online", START_LIMIT, || {
-            admin.get(&path).is_ok_and(|a| a.json()["status"] == "online")
+        let mut has_ended = false;
+        // A host is "online" from its registration on; a heartbeat says that its agent serves.
+        wait_until("the agent's first heartbeat", START_LIMIT, || {
+            has_ended = self.agent.as_mut().is_none_or(Background::has_ended);
+            has_ended || admin.get(&path).is_ok_and(|a| a.json()["last_heartbeat_at"].is_string())
         })
+        .and(if has_ended { Err(Failure("the agent ended".into())) } else { Ok(()) })
         .map_err(|e| Failure(format!("{e}; the agent's log ends:\n{}", tail(&self.log("agent")))))
     }
 

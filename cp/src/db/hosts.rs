@@ -29,7 +29,8 @@ pub struct Host {
     pub disk_gb: Option<i32>,
     /// Where its agent listens, `IP:PORT`.
     pub address: Option<String>,
-    /// `pending`, `online`, `offline`, `draining`, or `unreachable` when it was silent for 90 s.
+    /// `pending`, `online`, `offline`, `draining`, or `unreachable` when it was silent for 90 s since its
+    /// last heartbeat or its registration.
     pub status: String,
     /// When it was last heard of.
     pub last_heartbeat_at: Option<Timestamp>,
@@ -54,9 +55,9 @@ macro_rules! host_columns {
         concat!(
             "h.id, h.type, h.team_id, h.provider, h.availability_zone, h.arch, h.cpu_cores, h.memory_mb,
              h.disk_gb, h.address, h.last_heartbeat_at, h.created_by, h.created_at, h.updated_at,
-             case when h.status = 'online' and not ",
-            is_fresh!("h"),
-            " then 'unreachable' else h.status end as status"
+             case when h.status = 'online'
+                 and coalesce(h.last_heartbeat_at, h.updated_at) < now() - interval '90 seconds'
+                 then 'unreachable' else h.status end as status"
         )
     };
 }
@@ -165,14 +166,15 @@ pub struct Facts<'a> {
     pub address: &'a str,
 }
 
-/// Takes a host online with what it tells of itself. Gives the generation of its tokens.
+/// Takes a host online with what it tells of itself. Gives the generation of its tokens. Its agent need
+/// not listen yet, so it gets no capsule before its first heartbeat.
 ///
 /// # Errors
 /// What the database says.
 pub fn register(sql: &mut dyn Sql, id: &str, facts: &Facts<'_>) -> Result<i32, DbError> {
     let row = sql.row(
         "update hosts set arch = $2, cpu_cores = $3, memory_mb = $4, disk_gb = $5, address = $6,
-             status = 'online', last_heartbeat_at = now(), updated_at = now(),
+             status = 'online', last_heartbeat_at = null, updated_at = now(),
              token_generation = token_generation + 1
          where id = $1 returning token_generation",
         &[&id, &facts.arch, &facts.cpu_cores, &facts.memory_mb, &facts.disk_gb, &facts.address],

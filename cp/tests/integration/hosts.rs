@@ -98,6 +98,25 @@ fn a_silent_host_is_unreachable() {
 }
 
 #[test]
+fn a_host_gets_no_capsule_before_its_first_heartbeat() {
+    let mut stage = Stage::new();
+    let bearer = stage.person(ADMIN);
+    let auth = ("authorization", bearer.as_str());
+    let made = stage.request(Post, "/v1/hosts", auth, r#"{"type":"regular"}"#);
+    let (_, body) = register(&mut stage, &text(&json(&made)["registration_token"]), "10.0.0.1:50051");
+    let path = format!("/v1/hosts/{}", text(&body["host"]["id"]));
+    let host = json(&stage.request(Get, &path, auth, ""));
+    assert_eq!((&host["status"], &host["last_heartbeat_at"]), (&json!("online"), &json!(null)));
+    let refused = stage.request(Post, "/v1/capsules", auth, "{}");
+    assert_eq!((error(&refused).0, error(&refused).1.as_str()), (503, "host_unavailable"));
+    // One that registers and is never heard of is not online for ever.
+    crate::postgres::client(&stage.url)
+        .execute("update hosts set updated_at = now() - interval '91 seconds'", &[])
+        .expect("update");
+    assert_eq!(json(&stage.request(Get, &path, auth, ""))["status"], "unreachable");
+}
+
+#[test]
 fn who_may_manage_hosts() {
     let mut stage = Stage::new();
     let admin = stage.person(ADMIN);

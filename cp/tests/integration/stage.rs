@@ -176,7 +176,7 @@ impl Stage {
         text(&json(&answer)["key"])
     }
 
-    /// A registered host that serves everyone: its id.
+    /// A registered host that serves everyone and was heard of: its id.
     pub fn add_host(&mut self, bearer: &str, address: &str, memory_mb: u32) -> String {
         let made =
             self.request(Method::Post, "/v1/hosts", ("authorization", bearer), r#"{"type":"regular"}"#);
@@ -188,7 +188,10 @@ impl Stage {
         let registered = self.request(Method::Post, "/v1/hosts/register", ("x-test", ""), &body.to_string());
         assert_eq!(registered.status, 201, "{:?}", registered.error_message());
         self.hosts.push(FakeHost::new(address));
-        text(&json(&registered)["host"]["id"])
+        let (id, token) = (text(&json(&registered)["host"]["id"]), text(&json(&registered)["token"]));
+        let beat = format!("/v1/hosts/{id}/heartbeat");
+        assert_eq!(self.request(Method::Post, &beat, ("x-host-token", &token), "{}").status, 204);
+        id
     }
 }
 

@@ -91,6 +91,16 @@ fn demo() -> Result<u8> {
 
 fn run_demo(options: &Options) -> Result<()> {
     let mut stack = Stack::start(options)?;
+    let done = use_once(&stack);
+    if done.is_err() {
+        for name in ["cp", "agent"] {
+            eprintln!("the log of {name} ends:\n{}", wrenn_tests::process::tail(&stack.log(name)));
+        }
+    }
+    done.and(stack.stop())
+}
+
+fn use_once(stack: &Stack) -> Result<()> {
     step("POST /v1/capsules: booting a microVM");
     let client = stack.client();
     let id = create(&client)?;
@@ -99,7 +109,7 @@ fn run_demo(options: &Options) -> Result<()> {
     println!("{}", answer["stdout"].as_str().unwrap_or_default().trim_end());
     step(&format!("DELETE /v1/capsules/{id}"));
     client.delete(&format!("/v1/capsules/{id}"))?;
-    stack.stop()
+    Ok(())
 }
 
 fn up() -> Result<u8> {

@@ -1,4 +1,0 @@
-//! Kernel interfaces, one a file, the only home of `unsafe` in this crate.
-
-pub mod resources;
-pub mod signals;
