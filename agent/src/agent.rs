@@ -8,7 +8,6 @@ use crate::capsule::{Capsule, CapsuleKey, CapsuleTimer, GuestLink, Source as Cap
 use crate::context::{Context, PeerId, Report, Source, TimerKey, random_bytes};
 use crate::registration::Registration;
 use crate::service::Peer;
-use crate::sys::signals::Signals;
 use mio::net::TcpListener;
 use mio::{Events, Poll, Token};
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,6 +15,7 @@ use std::io;
 use std::time::Duration;
 use wire::auth::Verifier;
 use wire::message::{Code, Done};
+use wire::reactor::sys::signals::Signals;
 use wire::session::StreamId;
 
 /// Readiness events taken from the kernel at a time.

@@ -7,7 +7,6 @@ use crate::disk::Backend;
 use crate::layout::{Kernel, Layout};
 use crate::net::SlotAllocator;
 use crate::registration::Report as RegistrationReport;
-use crate::sys::random;
 use crate::vmm::qemu::Qemu;
 use crate::worker::Workers;
 use mio::event::Source as MioSource;
@@ -18,6 +17,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use wire::auth::NONCE_LEN;
 use wire::reactor::Timers;
+use wire::reactor::sys::random;
 
 /// The number of a control plane's connection, never used twice.
 pub type PeerId = u64;

@@ -11,7 +11,6 @@ use crate::layout::{Layout, LayoutError, Lock};
 use crate::net::{NetError, SlotAllocator, existing_slots, host};
 use crate::registration::{self, Credentials, CredentialsError, Registration};
 use crate::sys::resources;
-use crate::sys::signals::Signals;
 use crate::vmm::VmmError;
 use crate::vmm::qemu::Qemu;
 use crate::worker::Workers;
@@ -22,6 +21,8 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use wire::reactor::sys::resources::raise_open_files;
+use wire::reactor::sys::signals::Signals;
 
 /// How long creating a capsule may take where KVM runs the guest.
 pub const CREATE_DEADLINE_KVM_MS: u64 = 15_000;
@@ -142,7 +143,7 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
         log::warn!("KVM is not used: {reason}");
     }
     let disks = Backend::probe(&layout.images(), &layout.sandboxes())?;
-    let open_files = resources::raise_open_files().map_err(system("raising the limit of open files"))?;
+    let open_files = raise_open_files().map_err(system("raising the limit of open files"))?;
     if open_files < FEW_OPEN_FILES {
         log::warn!("only {open_files} open files are allowed: set LimitNOFILE= or `ulimit -n` higher");
     }

@@ -14,7 +14,6 @@
 //! | [`db`] | the database connection, migrations, one file a table |
 //! | [`audit`] | who did what |
 //! | [`cli`] | the command line |
-//! | [`sys`] | signals and resource limits |
 
 pub mod api;
 pub mod audit;
@@ -23,5 +22,4 @@ pub mod cli;
 pub mod db;
 pub mod hosts;
 pub mod http;
-pub mod sys;
 pub mod worker;

@@ -5,13 +5,13 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use wire::config::{Program, Settings};
+use wire::reactor::sys::{resources, signals::Signals};
 use wrenn_cp::api;
 use wrenn_cp::auth::random;
 use wrenn_cp::cli::{self, Command, NewUser, USAGE};
 use wrenn_cp::db::{Database, migrate};
 use wrenn_cp::http::context::Context;
 use wrenn_cp::http::server::Server;
-use wrenn_cp::sys::{resources, signals::Signals};
 
 /// Exit status for a command line or settings that cannot be used.
 const EXIT_USAGE: u8 = 2;

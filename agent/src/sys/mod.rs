@@ -9,19 +9,17 @@
 //! - [`memfd`]: files that exist only in memory
 //! - [`reflink`]: copies that share their blocks
 //! - [`kvm`]: just enough of KVM to find out whether it works
-//! - [`random`]: the kernel's random numbers
-//! - [`signals`]: signals as a descriptor
-//! - [`resources`]: disk space and open files
+//! - [`resources`]: disk space
+//!
+//! What the control plane needs too is in `wire::reactor::sys`.
 
 pub mod kvm;
 pub mod memfd;
 pub mod namespace;
 pub mod pidfd;
-pub mod random;
 pub mod reflink;
 pub mod resources;
 pub mod rtnetlink;
-pub mod signals;
 pub mod spawn;
 pub mod tun;
 

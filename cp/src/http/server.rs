@@ -8,7 +8,6 @@ use super::limits::*;
 use super::router::Router;
 use super::task::{Task, TaskId, Wait};
 use crate::hosts::sessions::{CallId, Hosts};
-use crate::sys::signals::Signals;
 use crate::worker::{Done, Workers};
 use mio::net::{TcpListener, TcpStream};
 use mio::unix::SourceFd;
@@ -22,6 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use wire::reactor::mailbox::{Receiver, mailbox};
+use wire::reactor::sys::signals::Signals;
 use wire::reactor::{READ_CHUNK_BYTES, Socket, Timers};
 
 const LISTENER: Token = Token(0);
@@ -185,7 +185,7 @@ impl Server {
                     LISTENER => self.accept(),
                     WAKER => {}
                     SIGNALS => {
-                        if self.signals.as_ref().is_some_and(Signals::take) {
+                        if self.signals.as_ref().is_some_and(any_signal) {
                             self.stopper.stop.store(true, Ordering::Release);
                         }
                     }
@@ -408,4 +408,13 @@ fn refuse(stream: TcpStream) {
     client.close_after_response();
     client.respond(&overloaded(), 0);
     client.flush(0);
+}
+
+/// Takes every signal that waits; whether there was one.
+fn any_signal(signals: &Signals) -> bool {
+    let mut any = false;
+    while let Ok(Some(_)) = signals.next() {
+        any = true;
+    }
+    any
 }

@@ -6,10 +6,12 @@
 //! | [`Link`] | a wire session on a socket |
 //! | [`Timers`] | one timer a key |
 //! | [`mailbox`] | a queue into the loop from other threads |
+//! | [`sys`] | signals, limits and random numbers of the kernel |
 
 mod link;
 pub mod mailbox;
 mod socket;
+pub mod sys;
 mod timers;
 
 pub use link::Link;

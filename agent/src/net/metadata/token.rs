@@ -1,8 +1,8 @@
 //! Session tokens: random, few, and valid for as long as was asked for.
 
-use crate::sys::random;
 use std::collections::VecDeque;
 use std::io;
+use wire::reactor::sys::random;
 
 /// The shortest life of a token, in seconds.
 pub const MIN_TTL_SEC: u32 = 1;

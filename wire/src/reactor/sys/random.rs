@@ -3,6 +3,9 @@
 use std::io;
 
 /// Fills `buffer` from the kernel's random number generator, waiting at most for its first seeding.
+///
+/// # Errors
+/// The errno of getrandom(2).
 pub fn fill(buffer: &mut [u8]) -> io::Result<()> {
     let mut filled = 0;
     while filled < buffer.len() {

@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-/// The signals that end the agent in good order, readable from a descriptor.
+/// The signals that end a daemon in good order, readable from a descriptor.
 #[derive(Debug)]
 pub struct Signals {
     fd: OwnedFd,
@@ -13,6 +13,9 @@ pub struct Signals {
 impl Signals {
     /// Blocks SIGTERM and SIGINT for this thread and those it will start, and takes them by descriptor.
     /// SIGPIPE is ignored by the Rust runtime already.
+    ///
+    /// # Errors
+    /// When the kernel gives no descriptor.
     pub fn termination() -> io::Result<Signals> {
         // SAFETY: an all-zero sigset_t is a valid object for sigemptyset to initialise.
         let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
@@ -40,6 +43,9 @@ impl Signals {
     }
 
     /// The number of the next signal that has come, or `None`. Never blocks.
+    ///
+    /// # Errors
+    /// When the descriptor cannot be read.
     pub fn next(&self) -> io::Result<Option<i32>> {
         // SAFETY: an all-zero signalfd_siginfo is a valid one.
         let mut info: libc::signalfd_siginfo = unsafe { std::mem::zeroed() };
