@@ -72,6 +72,13 @@ MESSAGES = {
     0x0110: ("Forward", "capsule_id text"),
     0x0120: ("HostStatus", ""),
     0x0121: ("HostStatusReply", "version text; arch text; cpu_cores u32; memory_mb u32; memory_reserved_mb u32; vcpus_reserved u32; disk_mb u64; disk_free_mb u64; vmm text; templates list<text>"),
+    0x0130: ("CapsulePause", "capsule_id text"),
+    0x0131: ("CapsuleResume", "capsule_id text; deadline_ms u32"),
+    0x0132: ("CapsulePing", "capsule_id text"),
+    0x0133: ("CapsuleSnapshot", "capsule_id text; name text; overwrite bool"),
+    0x0134: ("SnapshotInfo", "name text; vcpus u32; memory_mb u32; disk_size_mb u32; size_bytes u64; created_us u64"),
+    0x0135: ("SnapshotList", ""),
+    0x0136: ("SnapshotDelete", "name text"),
     0x0200: ("ProcessStart", "argv list<bytes>; environment list<pair<bytes, bytes>>; cwd bytes; user text; tag text; timeout_ms u32; detached bool; stdin bool; terminal_columns u16; terminal_rows u16"),
     0x0201: ("ProcessStarted", "pid u32; tag text"),
     0x0202: ("ProcessExited", "exit_code u32; signal u32; timed_out bool; duration_ms u64"),
@@ -231,7 +238,7 @@ def _fields(text):
     return [part.split(" ", 1) for part in text.split("; ")] if text else []
 
 
-def encode_message(name, **values):
+def encode_message(name, /, **values):
     """The payload of a message: its number and body."""
     for kind, (known, fields) in MESSAGES.items():
         if known == name:
@@ -659,7 +666,7 @@ class Stream:
             raise Refused(13, f"{event and event[:2]} came in place of {name}")
         return event[2]
 
-    def send(self, name, fin=False, **fields):
+    def send(self, name, /, fin=False, **fields):
         """Sends a message, waiting for credit as it must."""
         payload = encode_message(name, **fields)
         while not self.client.session.can_send(self.number, payload):
@@ -716,7 +723,7 @@ class Client:
         """Ends the connection."""
         self.socket.close()
 
-    def open(self, name, fin=False, **fields):
+    def open(self, name, /, fin=False, **fields):
         """Opens a stream with its first message."""
         payload = encode_message(name, **fields)
         while len(payload) + FRAME_CHARGE > self.session.credit:
@@ -726,13 +733,13 @@ class Client:
         self._flush()
         return stream
 
-    def open_in(self, capsule_id, name, fin=False, **fields):
+    def open_in(self, capsule_id, name, /, fin=False, **fields):
         """Opens a stream to a capsule's guest daemon, with the first message for it."""
         stream = self.open("Forward", capsule_id=capsule_id)
         stream.send(name, fin, **fields)
         return stream
 
-    def request(self, name, answer=None, **fields):
+    def request(self, name, /, answer=None, **fields):
         """Sends a request and returns the fields of its one answer."""
         stream = self.open(name, fin=True, **fields)
         event = stream.next()

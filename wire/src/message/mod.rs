@@ -9,12 +9,14 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 pub mod capsule;
+pub mod capsule_life;
 pub mod common;
 pub mod file;
 pub mod guest;
 pub mod process;
 
 pub use capsule::*;
+pub use capsule_life::*;
 pub use common::*;
 pub use file::*;
 pub use guest::*;
@@ -140,6 +142,7 @@ pub fn descriptions() -> Vec<Description> {
     let mut all = Vec::new();
     all.extend(common::descriptions());
     all.extend(capsule::descriptions());
+    all.extend(capsule_life::descriptions());
     all.extend(process::descriptions());
     all.extend(file::descriptions());
     all.extend(guest::descriptions());
@@ -152,6 +155,7 @@ pub fn descriptions() -> Vec<Description> {
 pub fn recode(kind: u16, body: &[u8]) -> Option<Result<(String, Vec<u8>), DecodeError>> {
     common::recode(kind, body)
         .or_else(|| capsule::recode(kind, body))
+        .or_else(|| capsule_life::recode(kind, body))
         .or_else(|| process::recode(kind, body))
         .or_else(|| file::recode(kind, body))
         .or_else(|| guest::recode(kind, body))
