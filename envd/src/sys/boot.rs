@@ -62,12 +62,18 @@ pub fn process_id() -> u32 {
     unsafe { syscall!(libc::SYS_getpid) }.map_or(0, |pid| pid as u32)
 }
 
-/// Runs something in a process of its own, a copy of this one, which then ends.
-pub fn in_child(work: impl FnOnce()) -> Result<(), Errno> {
+/// The lowest priority, setpriority(2).
+const LOWEST_PRIORITY: i32 = 19;
+
+/// Runs something in a process of its own, a copy of this one, which then ends. It gets what processor
+/// time the rest leaves.
+pub fn in_background(work: impl FnOnce()) -> Result<(), Errno> {
     // SAFETY: fork without a new stack: the child runs on a copy of this one. This process has one thread,
     // so the copy is whole.
     let pid = unsafe { syscall!(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) }?;
     if pid == 0 {
+        // SAFETY: takes numbers only. Should it fail, the work is done at the usual priority.
+        let _ = unsafe { syscall!(libc::SYS_setpriority, libc::PRIO_PROCESS, 0, LOWEST_PRIORITY) };
         work();
         exit(0);
     }
