@@ -44,11 +44,26 @@ fn processes() -> Vec<String> {
         .into_iter()
         .filter(|n| n.bytes().all(|b| b.is_ascii_digit()))
         .filter_map(|pid| {
-            let exe = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
-            let name = exe.file_name()?.to_string_lossy().into_owned();
-            PROGRAMS.iter().any(|p| name.starts_with(p)).then(|| format!("{name} ({pid})"))
+            let name = program_of(&pid)?;
+            // PostgreSQL starts and ends children of its own as it likes, such as those of its autovacuum;
+            // they go with their server.
+            let is_servers_child =
+                name == "postgres" && program_of(&parent_of(&pid)?).as_ref() == Some(&name);
+            let counts = PROGRAMS.iter().any(|p| name.starts_with(p)) && !is_servers_child;
+            counts.then(|| format!("{name} ({pid})"))
         })
         .collect()
+}
+
+fn program_of(pid: &str) -> Option<String> {
+    let exe = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
+    Some(exe.file_name()?.to_string_lossy().into_owned())
+}
+
+/// Field 4 of `/proc/pid/stat` (proc(5)); the name before it may hold anything.
+fn parent_of(pid: &str) -> Option<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit(')').next()?.split_whitespace().nth(1).map(str::to_string)
 }
 
 fn in_use(device: &str) -> bool {
@@ -64,6 +79,8 @@ fn mounts() -> Vec<String> {
         .unwrap_or_default()
         .lines()
         .map(|l| l.split(' ').take(2).collect::<Vec<_>>().join(" on "))
+        // Whoever makes the machine's first named namespace makes this, and it stays: see ip-netns(8).
+        .filter(|mount| !mount.ends_with(" on /run/netns"))
         .collect()
 }
 
@@ -71,5 +88,24 @@ fn lines(command: &mut Command) -> Vec<String> {
     match command.output() {
         Ok(output) => String::from_utf8_lossy(&output.stdout).lines().map(str::to_string).collect(),
         Err(_) => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_has_its_program_and_its_parent() {
+        let mut child = Command::new("sleep").arg("60").spawn().expect("sleep");
+        let pid = child.id().to_string();
+        let parent = parent_of(&pid);
+        let _ = child.kill();
+        let _ = child.wait();
+        assert_eq!(parent, Some(std::process::id().to_string()));
+        assert_eq!(parent_of(&pid), None, "it is gone");
+        let own = std::env::current_exe().expect("a path");
+        let own = own.file_name().map(|n| n.to_string_lossy().into_owned());
+        assert_eq!(program_of(&std::process::id().to_string()), own);
     }
 }

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// How long a process gets to end by itself before it is killed.
-pub const GRACE: Duration = Duration::from_secs(30);
+/// How long a process gets to end by itself before it is killed: more than the 45 s that the agent takes at
+/// most for destroying its capsules.
+pub const GRACE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(20);
 
 /// Waits until `ready` says so, at most `limit`.
