@@ -13,11 +13,13 @@
 //! | [`auth`] | passwords, logins, API keys, host tokens |
 //! | [`db`] | the database connection, migrations, one file a table |
 //! | [`audit`] | who did what |
+//! | [`budget`] | bounds on what many hold together |
 //! | [`cli`] | the command line |
 
 pub mod api;
 pub mod audit;
 pub mod auth;
+pub mod budget;
 pub mod cli;
 pub mod db;
 pub mod hosts;

@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -10,12 +10,20 @@ use support::{read_response, resident_kib, start};
 use wrenn_cp::http::context::Context;
 use wrenn_cp::http::handler::Method::Get;
 use wrenn_cp::http::handler::{Flow, Request, Response, Route, Step};
+use wrenn_cp::http::limits::MAX_BUFFERED_BODIES;
 
 fn hello(_: Request, _: &Arc<Context>) -> Flow {
     Step::respond(Response::json(200, "hello"))
 }
 
-static ROUTES: &[Route] = &[Route::new(Get, "/hello", hello)];
+/// A response that a slow client leaves with the server.
+fn large(_: Request, _: &Arc<Context>) -> Flow {
+    Step::respond(Response { status: 200, headers: Vec::new(), body: vec![b'x'; LARGE] })
+}
+
+const LARGE: usize = 16 * 1024 * 1024;
+
+static ROUTES: &[Route] = &[Route::new(Get, "/hello", hello), Route::new(Get, "/large", large)];
 
 /// One at a time: they all look at the same memory.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -64,4 +72,32 @@ fn idle_connections_make_room_for_new_ones() {
     assert_eq!(read_response(&mut client).1, "\"hello\"");
     assert!(resident_kib() < before + 20_000, "{before} -> {} KiB", resident_kib());
     drop(crowd);
+}
+
+#[test]
+fn responses_that_nobody_reads_are_bounded_together() {
+    let _alone = ALONE.lock();
+    let server = start(ROUTES, Vec::new());
+    let before = resident_kib();
+    let ask = || {
+        let mut client = server.connect();
+        client.write_all(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("sent");
+        let mut status = [0; 12];
+        client.read_exact(&mut status).expect("an answer");
+        (client, status)
+    };
+    let fit = MAX_BUFFERED_BODIES / LARGE;
+    let crowd: Vec<_> = (0..3 * fit).map(|_| ask()).collect();
+    let served = crowd.iter().filter(|(_, status)| status == b"HTTP/1.1 200").count();
+    let refused = crowd.iter().filter(|(_, status)| status == b"HTTP/1.1 503").count();
+    assert_eq!((served, refused), (fit, 2 * fit));
+    // One response is there twice while it is made.
+    let bound_kib = ((MAX_BUFFERED_BODIES + 3 * LARGE) / 1024) as u64;
+    assert!(resident_kib() < before + bound_kib, "{before} -> {} KiB", resident_kib());
+    drop(crowd);
+    // That they have gone is seen in the next turns of the loop.
+    assert!((0..200).any(|_| {
+        std::thread::sleep(Duration::from_millis(10));
+        &ask().1 == b"HTTP/1.1 200"
+    }));
 }

@@ -1,6 +1,7 @@
 //! What a host answered: the messages of the stream and the bytes of its channels, within a bound.
 
 use super::error::HostError;
+use crate::budget::Share;
 use std::collections::BTreeMap;
 use wire::message::{Error, Message};
 
@@ -58,6 +59,7 @@ pub(super) struct Collector {
     last_kinds: Vec<u16>,
     message_bytes: usize,
     data_left: usize,
+    share: Share,
 }
 
 /// Whether a reply is complete.
@@ -70,8 +72,9 @@ pub(super) enum Progress {
 }
 
 impl Collector {
-    pub fn new(last_kinds: Vec<u16>, max_data_bytes: usize) -> Collector {
-        Collector { reply: Reply::default(), last_kinds, message_bytes: 0, data_left: max_data_bytes }
+    /// A collector of at most `max_data_bytes` of DATA, as far as `share` goes.
+    pub fn new(last_kinds: Vec<u16>, max_data_bytes: usize, share: Share) -> Collector {
+        Collector { reply: Reply::default(), last_kinds, message_bytes: 0, data_left: max_data_bytes, share }
     }
 
     /// Takes a message.
@@ -86,13 +89,16 @@ impl Collector {
         if self.reply.messages.len() >= MAX_REPLY_MESSAGES || self.message_bytes > MAX_REPLY_MESSAGE_BYTES {
             return Err(HostError::BadReply("it is too long".to_string()));
         }
+        if !self.share.grow(body.len()) {
+            return Err(HostError::Busy);
+        }
         self.reply.messages.push((kind, body));
         Ok(if self.last_kinds.contains(&kind) { Progress::Complete } else { Progress::More })
     }
 
     /// Takes bytes of a channel; those over the bound are counted and dropped.
     pub fn data(&mut self, channel: u8, bytes: &[u8]) {
-        let kept = bytes.len().min(self.data_left);
+        let kept = self.share.grow_up_to(bytes.len().min(self.data_left));
         if kept > 0 {
             self.reply.channels.entry(channel).or_default().extend_from_slice(&bytes[..kept]);
         }
@@ -109,6 +115,7 @@ impl Collector {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::budget::Budget;
     use wire::message::{Code, Done, HealthReply, ProcessExited};
 
     fn body<M: Message>(message: &M) -> Vec<u8> {
@@ -119,7 +126,7 @@ mod tests {
 
     #[test]
     fn a_reply_is_complete_with_a_last_kind_and_keeps_within_its_bound() {
-        let mut collector = Collector::new(vec![ProcessExited::KIND], 4);
+        let mut collector = Collector::new(vec![ProcessExited::KIND], 4, Budget::new(1000).share());
         assert_eq!(collector.message(Done::KIND, body(&Done {})), Ok(Progress::More));
         collector.data(1, b"abc");
         collector.data(2, b"de");
@@ -136,8 +143,22 @@ mod tests {
 
     #[test]
     fn an_error_message_is_the_calls_error() {
-        let mut collector = Collector::new(Vec::new(), 0);
+        let mut collector = Collector::new(Vec::new(), 0, Budget::new(0).share());
         let error = Error::new(Code::NotFound, "no such capsule");
         assert_eq!(collector.message(Error::KIND, body(&error)), Err(HostError::Remote(error)));
+    }
+
+    #[test]
+    fn all_replies_together_keep_within_their_budget() {
+        let budget = Budget::new(10);
+        let mut first = Collector::new(Vec::new(), 8, budget.share());
+        let mut second = Collector::new(Vec::new(), 8, budget.share());
+        first.data(1, &[0; 8]);
+        second.data(1, &[0; 8]);
+        assert_eq!(second.message(Done::KIND, vec![0]), Err(HostError::Busy));
+        let second = second.into_reply();
+        assert_eq!((second.channel(1).len(), second.dropped_bytes), (2, 6), "the rest is told to be dropped");
+        assert_eq!(first.into_reply().dropped_bytes, 0);
+        assert_eq!(budget.share().grow_up_to(99), 10, "it has all come back");
     }
 }

@@ -2,7 +2,8 @@
 
 /// Client connections. Each takes a descriptor and, while a request comes in, some KiB.
 pub const MAX_CONNECTIONS: usize = 2048;
-/// Buffered request bodies of all connections together, in bytes.
+/// Buffered bodies of all connections together, in bytes: those of requests, and those of responses over
+/// [`OUTPUT_HIGH_WATER`] until their clients have read them.
 pub const MAX_BUFFERED_BODIES: usize = 128 * 1024 * 1024;
 /// Requests, background work and streams that are under way.
 pub const MAX_TASKS: usize = 8192;

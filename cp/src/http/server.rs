@@ -7,16 +7,15 @@ use super::handler::{Job, Route};
 use super::limits::*;
 use super::router::Router;
 use super::task::{Task, TaskId, Wait};
+use crate::budget::Budget;
 use crate::hosts::sessions::{CallId, Hosts};
 use crate::worker::{Done, Workers};
 use mio::net::{TcpListener, TcpStream};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
-use std::cell::Cell;
 use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::net::SocketAddr;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -84,7 +83,7 @@ pub struct Server {
     pub(super) workers: Workers,
     results: Receiver<Done>,
     pub(super) hosts: Hosts,
-    bodies: Rc<Cell<usize>>,
+    bodies: Budget,
     buffer: Vec<u8>,
     next_id: u64,
     started: Instant,
@@ -144,7 +143,7 @@ impl Server {
             workers,
             results,
             hosts,
-            bodies: Rc::default(),
+            bodies: Budget::new(MAX_BUFFERED_BODIES),
             buffer: vec![0; READ_CHUNK_BYTES],
             next_id: FIRST_CLIENT,
             started: Instant::now(),
@@ -277,7 +276,7 @@ impl Server {
             return;
         }
         let id = self.fresh_id();
-        let mut client = Client::new(Socket::new(stream), peer.ip(), Rc::clone(&self.bodies), self.now_ms);
+        let mut client = Client::new(Socket::new(stream), peer.ip(), &self.bodies, self.now_ms);
         let token = Token(id as usize);
         let interest = Interest::READABLE | Interest::WRITABLE;
         if let Err(error) = self.poll.registry().register(&mut client.socket.stream, token, interest) {
@@ -404,7 +403,7 @@ impl Server {
 /// Tells a client that there is no room, without keeping it.
 fn refuse(stream: TcpStream) {
     let mut client =
-        Client::new(Socket::new(stream), SocketAddr::from(([0, 0, 0, 0], 0)).ip(), Rc::default(), 0);
+        Client::new(Socket::new(stream), SocketAddr::from(([0, 0, 0, 0], 0)).ip(), &Budget::new(0), 0);
     client.close_after_response();
     client.respond(&overloaded(), 0);
     client.flush(0);

@@ -12,6 +12,7 @@ mod receive;
 
 use super::error::HostError;
 use super::reply::{Collector, Reply};
+use crate::budget::Budget;
 use mio::{Registry, Token};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use wire::message::Code;
@@ -20,6 +21,8 @@ use wire::session::{SendError, Session, StreamId};
 
 /// The most calls and streams to all hosts together.
 pub const MAX_CALLS: usize = 4096;
+/// The most bytes that the replies of all calls hold while they come in. DATA over it is dropped, and told.
+pub const MAX_REPLIES_BYTES: usize = 128 * 1024 * 1024;
 /// The time for connecting and the handshake, in milliseconds.
 pub const CONNECT_TIMEOUT_MS: u64 = 3_000;
 /// The pause after a first failed attempt, in milliseconds; it doubles with each further one.
@@ -152,6 +155,7 @@ pub struct Hosts {
     tokens: HashMap<String, Token>,
     hosts: HashMap<Token, Host>,
     calls: HashMap<CallId, Call>,
+    replies: Budget,
     timers: Timers<TimerKey>,
     dirty: BTreeSet<Token>,
     events: VecDeque<HostEvent>,
@@ -180,6 +184,7 @@ impl Hosts {
             tokens: HashMap::new(),
             hosts: HashMap::new(),
             calls: HashMap::new(),
+            replies: Budget::new(MAX_REPLIES_BYTES),
             timers: Timers::default(),
             dirty: BTreeSet::new(),
             events: VecDeque::new(),
@@ -197,7 +202,8 @@ impl Hosts {
         max_data_bytes: usize,
         now_ms: u64,
     ) {
-        self.start(call, request, Mode::Collect(Collector::new(last_kinds, max_data_bytes)), now_ms);
+        let collector = Collector::new(last_kinds, max_data_bytes, self.replies.share());
+        self.start(call, request, Mode::Collect(collector), now_ms);
     }
 
     /// Opens a stream. `Writable` follows when it is open, `Failed` when it cannot be.

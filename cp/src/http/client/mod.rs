@@ -4,13 +4,12 @@ mod respond;
 mod transport;
 
 use super::handler::{BodyMode, Handler, Method, Request, Response};
-use super::limits::{MAX_BUFFERED_BODIES, MAX_REQUESTS_PER_CONNECTION, OUTPUT_HIGH_WATER, READS_PER_TURN};
+use super::limits::{MAX_REQUESTS_PER_CONNECTION, OUTPUT_HIGH_WATER, READS_PER_TURN};
 use super::router::Router;
 use super::websocket_key;
-use std::cell::Cell;
+use crate::budget::{Budget, Share};
 use std::collections::VecDeque;
 use std::net::IpAddr;
-use std::rc::Rc;
 use std::sync::LazyLock;
 use wire::frame::PREAMBLE;
 use wire::http1::{
@@ -64,32 +63,7 @@ struct Incoming {
     handler: Handler,
     request: Request,
     max_body: usize,
-    reserved: Reservation,
-}
-
-/// A share in the bound on all buffered bodies.
-struct Reservation {
-    total: Rc<Cell<usize>>,
-    bytes: usize,
-}
-
-impl Reservation {
-    /// Takes more; false when there is none left.
-    fn grow(&mut self, bytes: usize) -> bool {
-        let total = self.total.get() + bytes;
-        if total > MAX_BUFFERED_BODIES {
-            return false;
-        }
-        self.total.set(total);
-        self.bytes += bytes;
-        true
-    }
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        self.total.set(self.total.get() - self.bytes);
-    }
+    share: Share,
 }
 
 /// A connection.
@@ -107,7 +81,9 @@ pub struct Client {
     input: Vec<u8>,
     output: Vec<u8>,
     sent: usize,
-    bodies: Rc<Cell<usize>>,
+    bodies: Budget,
+    /// What of it `output` has taken.
+    output_share: Option<Share>,
     keep_alive: bool,
     is_head_request: bool,
     minor_version: u8,
@@ -133,8 +109,8 @@ pub struct Client {
 }
 
 impl Client {
-    /// An accepted connection. `bodies` counts the bytes of all buffered bodies.
-    pub fn new(socket: Socket, peer: IpAddr, bodies: Rc<Cell<usize>>, now_ms: u64) -> Client {
+    /// An accepted connection. `bodies` bounds the bytes of all buffered bodies.
+    pub fn new(socket: Socket, peer: IpAddr, bodies: &Budget, now_ms: u64) -> Client {
         Client {
             socket,
             task: None,
@@ -145,7 +121,8 @@ impl Client {
             input: Vec::new(),
             output: Vec::new(),
             sent: 0,
-            bodies,
+            bodies: bodies.clone(),
+            output_share: None,
             keep_alive: true,
             is_head_request: false,
             minor_version: 1,
@@ -367,7 +344,7 @@ impl Client {
                         if incoming.request.body.len() + data.len() > incoming.max_body {
                             let response = too_large(incoming.max_body);
                             self.respond_and_close(&response, now_ms);
-                        } else if !incoming.reserved.grow(data.len()) {
+                        } else if !incoming.share.grow(data.len()) {
                             self.respond_and_close(&overloaded(), now_ms);
                         } else {
                             incoming.request.body.extend_from_slice(data);
@@ -445,9 +422,9 @@ impl Client {
         if head.expects_continue {
             write_continue(&mut self.output);
         }
-        let reserved = Reservation { total: Rc::clone(&self.bodies), bytes: 0 };
+        let share = self.bodies.share();
         let handler = found.route.handler;
-        self.state = State::Body(Box::new(Incoming { handler, request, max_body, reserved }));
+        self.state = State::Body(Box::new(Incoming { handler, request, max_body, share }));
     }
 
     /// The server can take more of a streamed body, or not.

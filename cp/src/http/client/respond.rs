@@ -1,9 +1,9 @@
 //! What a connection answers: whole responses, streamed ones, the upgrade to a WebSocket.
 
-use super::{Client, State};
+use super::{Client, State, overloaded};
 use crate::http::date;
 use crate::http::handler::Response;
-use crate::http::limits::{LINGER_BYTES, MAX_WEBSOCKET_MESSAGE};
+use crate::http::limits::{LINGER_BYTES, MAX_WEBSOCKET_MESSAGE, OUTPUT_HIGH_WATER};
 use std::time::{SystemTime, UNIX_EPOCH};
 use wire::http1::{Framing, HttpError, ResponseWriter};
 use wire::websocket::{Role, WebSocket, accept_value, close_code};
@@ -36,6 +36,12 @@ impl Client {
             // A streamed response is under way: all that can be told is that it is not complete.
             self.is_broken = true;
             return;
+        }
+        if response.body.len() > OUTPUT_HIGH_WATER {
+            let share = self.output_share.get_or_insert_with(|| self.bodies.share());
+            if !share.grow(response.body.len()) {
+                return self.respond(&overloaded(), now_ms);
+            }
         }
         let has_body = !matches!(response.status, 100..200 | 204 | 304);
         let framing = if has_body { Framing::Length(response.body.len() as u64) } else { Framing::None };

@@ -36,6 +36,7 @@ impl Client {
                     }
                     if self.sent == self.output.len() {
                         self.output = Vec::new();
+                        self.output_share = None;
                         self.sent = 0;
                     }
                 }
