@@ -54,7 +54,7 @@ recipe() {
     cat -- "$@" | sha256sum | cut -d ' ' -f 1
 }
 envd_sha256=$(digest "$envd")
-kernel_recipe=$(recipe "$here"/{lib,build,fetch-kernel,extract-vmlinux,make-initramfs}.sh)
+kernel_recipe=$(recipe "$here"/{lib,modules,build,fetch-kernel,extract-vmlinux,make-initramfs}.sh)
 # All templates, as one may build on another.
 image_recipe=$(recipe "$here"/{lib,build,apt-sources,make-image,put-envd}.sh "$here"/templates/*/*)
 

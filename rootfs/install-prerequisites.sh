@@ -24,6 +24,7 @@ xz                                   xz-utils            unpacking kernels and m
 zstd                                 zstd                the same
 qemu-system-x86_64                   qemu-system-x86     running capsules
 nft                                  nftables            firewall rules of capsules
+insmod                               kmod                the test host of the tests
 /usr/lib/postgresql/*/bin/initdb     postgresql          the control plane of tests and of the demo
 '
 

@@ -3,15 +3,12 @@
 #
 #     make-initramfs.sh MODULES_DIR ENVD OUTPUT
 #
-# MODULES_DIR is lib/modules/<release> of the kernel package. The archive holds /init, /modules/*.ko
-# and /modules/order: absolute paths, one a line, in the order in which to load them. It is not
-# compressed: that gains nothing at this size. The same input gives the same bytes.
-#
-# Modules lose their symbols, type information and signature. A kernel that takes unsigned modules
-# (Debian's does, outside secure boot) else checks a signature and parses types for each one, which
-# costs a tenth of the whole start where the guest's instructions are emulated.
+# MODULES_DIR is lib/modules/<release> of the kernel package. The archive holds /init and what
+# modules.sh says of /modules. It is not compressed: that gains nothing at this size. The same input
+# gives the same bytes.
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
+. "$(dirname -- "${BASH_SOURCE[0]}")/modules.sh"
 
 # What a capsule needs: disk, network, entropy, and the host's clock where KVM offers it.
 readonly MODULES=(virtio_pci virtio_blk virtio_net virtio-rng ptp_kvm)
@@ -21,39 +18,6 @@ modules=$1 envd=$2 output=$3
 [[ -d $modules/kernel ]] || die "$modules is not a kernel's module directory"
 [[ -f $envd ]] || die "no envd binary at $envd: build it first (make build)"
 need cpio objcopy
-
-# module_file NAME: its path. Files and names differ in '-' and '_', which the kernel takes as one.
-module_file() {
-    find "$modules/kernel" -name "${1//[-_]/[-_]}.ko*" -print -quit
-}
-
-# unpack_module FILE: its content as the kernel's loader wants it.
-unpack_module() {
-    case $1 in
-    *.ko) cat -- "$1" ;;
-    *.ko.xz) xz -d -c -- "$1" ;;
-    *.ko.zst) zstd -d -c -q -- "$1" ;;
-    *) die "module $1 is compressed in a way that is not known here" ;;
-    esac
-}
-
-# add_module NAME: what it depends on first (the "depends" of its own .modinfo section, of which
-# depmod makes modules.dep), then itself, each once.
-add_module() {
-    local name=${1//-/_} file dependency
-    local -a dependencies
-    [[ ! -e $tree/modules/$name.ko ]] || return 0
-    file=$(module_file "$name")
-    [[ $file ]] || die "the kernel has no module $name under $modules"
-    unpack_module "$file" >"$scratch/$name.ko"
-    IFS=, read -r -a dependencies < <(tr '\0' '\n' <"$scratch/$name.ko" | sed -n 's/^depends=//p') || true
-    for dependency in "${dependencies[@]}"; do
-        add_module "$dependency"
-    done
-    objcopy --strip-unneeded --remove-section=.BTF "$scratch/$name.ko" "$tree/modules/$name.ko"
-    rm -f "$scratch/$name.ko"
-    printf '/modules/%s.ko\n' "$name" >>"$tree/modules/order"
-}
 
 scratch_beside "$(dirname -- "$output")"
 tree=$scratch/tree

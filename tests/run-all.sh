@@ -10,7 +10,8 @@ run() { # NAME COMMAND...
     printf '\n== %s\n' "$name"
     "$@" || failed+=("$name")
 }
-export WRENN_TEST_DIR=$PWD/builds/guest
+export WRENN_TEST_DIR=$PWD/builds/guest WRENN_TEST_HOST=$PWD/builds/testhost
+run 'test host' tests/testhost/build.sh
 run 'unit and integration tests' cargo test --workspace --locked -j"$jobs" --no-fail-fast
 run 'guest image' rootfs/test.sh
 if ((${#failed[@]})); then

@@ -6,6 +6,7 @@ use crate::capsule::recovery::{RecoveryError, recover};
 use crate::config::Config;
 use crate::context::{Context, Host};
 use crate::cp_client::HostFacts;
+use crate::disk::dm::guard::Guard;
 use crate::disk::{Backend, DiskError};
 use crate::layout::{Layout, LayoutError, Lock};
 use crate::net::{NetError, SlotAllocator, existing_slots, host};
@@ -148,6 +149,12 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
         log::warn!("only {open_files} open files are allowed: set LimitNOFILE= or `ulimit -n` higher");
     }
     let cleared = recover(&layout)?;
+    let _guard = match disks {
+        Backend::DeviceMapper => {
+            Some(Guard::start(&layout.sandboxes()).map_err(system("watching the disks"))?)
+        }
+        Backend::Reflink | Backend::Overlay => None,
+    };
     host::install(true)?;
     let slots = free_slots(&config, &cleared.left)?;
     let listener = TcpListener::bind(config.listen_address).map_err(system(format!(

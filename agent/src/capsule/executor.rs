@@ -6,7 +6,7 @@ use super::lifecycle::{Event, Part};
 use super::machine::{KILL_TIMEOUT_MS, MachineFailure};
 use super::{Capsule, CapsuleTimer, FIRST_UID, GuestLink, MIB, Source, record};
 use crate::context::{Context, Report, Source as LoopSource, TimerKey};
-use crate::disk::{Disk, DiskError, DiskSpec};
+use crate::disk::{self, Disk, DiskError, DiskSpec};
 use crate::net::{CapsuleNetwork, NetError, Policy, Tap, destroy_remains};
 use crate::vmm::Machine;
 use std::fmt;
@@ -118,6 +118,10 @@ impl Capsule {
                 if let Err(e) = machine.kill() {
                     return Some(remove_failed(part, e));
                 }
+                // A process that waits for a full disk cannot end.
+                if let Err(e) = disk::release(&self.directory) {
+                    log::warn!("capsule {}: releasing its disk: {e}", self.spec.id);
+                }
                 self.set_timer(ctx, CapsuleTimer::Kill, KILL_TIMEOUT_MS);
                 // It may have ended already, and its event may have been seen.
                 self.reap(ctx)
@@ -138,9 +142,12 @@ impl Capsule {
                 None
             }
             Part::Disk => {
-                // Where an earlier try did not get through, the files go with the directory.
-                let Some(disk) = self.disk.take() else { return Some(Event::Removed(part)) };
-                self.submit(ctx, move || CapsuleReport::DiskRemoved(disk.remove()));
+                let directory = self.directory.clone();
+                match self.disk.take() {
+                    Some(disk) => self.submit(ctx, move || CapsuleReport::DiskRemoved(disk.remove())),
+                    // Where an earlier try did not get through, the files go with the directory.
+                    None => self.submit(ctx, move || CapsuleReport::DiskRemoved(disk::clear(&directory))),
+                }
                 None
             }
             Part::Record => {

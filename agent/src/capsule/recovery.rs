@@ -2,6 +2,7 @@
 //! nothing else.
 
 use super::record::{self, Record};
+use crate::disk::{self, DiskError};
 use crate::layout::{Layout, is_capsule_id};
 use crate::net::netns;
 use crate::net::slot::Slot;
@@ -37,6 +38,8 @@ pub enum RecoveryError {
     },
     /// The network could not be removed.
     Net(NetError),
+    /// The disk could not be removed.
+    Disk(DiskError),
 }
 
 impl fmt::Display for RecoveryError {
@@ -45,6 +48,7 @@ impl fmt::Display for RecoveryError {
             RecoveryError::Io { step, path, source } => write!(f, "{step} {}: {source}", path.display()),
             RecoveryError::StillRuns { pid } => write!(f, "process {pid} did not end although it was killed"),
             RecoveryError::Net(e) => e.fmt(f),
+            RecoveryError::Disk(e) => e.fmt(f),
         }
     }
 }
@@ -95,12 +99,18 @@ pub fn recover(layout: &Layout) -> Result<Summary, RecoveryError> {
             }
         }
     }
+    // A directory that somebody else has removed leaves the disk's device without an owner.
+    for name in disk::clear_orphans(&sandboxes).map_err(RecoveryError::Disk)? {
+        log::warn!("the device {name} belonged to no capsule: removed");
+    }
     Ok(summary)
 }
 
 /// Removes one capsule's belongings in the order of its teardown. Without a record nothing but the
 /// directory was made.
 fn clear(directory: &Path, record: Option<&Record>) -> Result<(), RecoveryError> {
+    // A process that waits for a full disk cannot end.
+    disk::release(directory).map_err(RecoveryError::Disk)?;
     if let Some(machine) = record.and_then(|r| r.machine) {
         match Process::adopt(machine.pid, machine.start_ticks) {
             Ok(process) => kill(process)?,
@@ -115,6 +125,7 @@ fn clear(directory: &Path, record: Option<&Record>) -> Result<(), RecoveryError>
         }
         destroy_remains(slot).map_err(RecoveryError::Net)?;
     }
+    disk::clear(directory).map_err(RecoveryError::Disk)?;
     record::remove(directory).map_err(io_error("removing", directory))
 }
 

@@ -33,6 +33,37 @@ pub enum DiskError {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// The base image is no longer the one that the disk was made from.
+    BaseChanged {
+        /// The base image.
+        base: PathBuf,
+    },
+    /// The device's name is another agent's.
+    NameTaken {
+        /// The device.
+        name: String,
+    },
+    /// The device is still open.
+    Busy {
+        /// The device.
+        name: String,
+    },
+    /// What was written to the disk is lost.
+    Lost {
+        /// The device.
+        name: String,
+        /// As the kernel calls it.
+        state: String,
+    },
+    /// The room that is left is kept for the disks that are there.
+    NoSpace {
+        /// The directory.
+        path: PathBuf,
+        /// What is left, in bytes.
+        free_bytes: u64,
+        /// What has to stay free, in bytes.
+        reserve_bytes: u64,
+    },
     /// A system call failed.
     System {
         /// What was to be done.
@@ -75,6 +106,28 @@ impl fmt::Display for DiskError {
                 super::qcow2::MAX_BACKING_PATH_BYTES
             ),
             DiskError::Malformed { path, reason } => write!(f, "{}: {reason}", path.display()),
+            DiskError::BaseChanged { base } => write!(
+                f,
+                "{} was changed since this disk was made from it: put the old image back, or destroy the \
+                 capsule",
+                base.display()
+            ),
+            DiskError::NameTaken { name } => {
+                write!(f, "the device {name} belongs to an agent with another WRENN_DIR")
+            }
+            DiskError::Busy { name } => {
+                write!(f, "the device {name} is still open: see /sys/block/dm-*/holders")
+            }
+            DiskError::Lost { name, state } => {
+                write!(f, "the content of the device {name} is lost ({state})")
+            }
+            DiskError::NoSpace { path, free_bytes, reserve_bytes } => write!(
+                f,
+                "{} has {} MiB left, which are kept for the capsules that run (at least {} MiB): make room there",
+                path.display(),
+                free_bytes >> 20,
+                reserve_bytes >> 20
+            ),
             DiskError::System { step, path, source } => {
                 write!(f, "{step} {}: {source}", path.display())?;
                 match source.kind() {

@@ -1,6 +1,7 @@
 //! Disks that are a file in the capsule's directory.
 
-use super::qcow2::{self, Overlay};
+use super::flatten::{self, SparseWriter};
+use super::qcow2::{self, Cluster, Overlay};
 use super::{Backend, Disk, DiskError, DiskImage, DiskSpec, Format, MAX_DISK_BYTES, SECTOR_BYTES};
 use crate::sys::reflink;
 use std::ffi::OsStr;
@@ -34,9 +35,15 @@ impl Disk for FileDisk {
     }
 
     fn allocated_bytes(&self) -> Result<u64, DiskError> {
-        let metadata = fs::metadata(&self.path).map_err(DiskError::system("examining", &self.path))?;
-        // st_blocks counts 512 bytes whatever the filesystem's block is, stat(2).
-        Ok(metadata.blocks() * 512)
+        allocated_bytes(&self.path)
+    }
+
+    fn flatten(&self, to: &Path) -> Result<u64, DiskError> {
+        let file = File::open(&self.path).map_err(DiskError::system("opening", &self.path))?;
+        flatten::write(to, self.virtual_bytes, |writer| match &self.backing {
+            None => writer.copy_data(&file, &self.path, 0, 0, self.virtual_bytes),
+            Some(backing) => self.flatten_overlay(&file, backing, writer),
+        })
     }
 
     fn remove(self: Box<Self>) -> Result<(), DiskError> {
@@ -47,6 +54,56 @@ impl Disk for FileDisk {
             _ => sync_parent(&self.path),
         }
     }
+}
+
+impl FileDisk {
+    /// The image behind first, then each cluster that the overlay has of its own.
+    fn flatten_overlay(
+        &self,
+        overlay: &File,
+        backing: &Path,
+        writer: &mut SparseWriter<'_>,
+    ) -> Result<(), DiskError> {
+        let base = File::open(backing).map_err(DiskError::system("opening", backing))?;
+        let base_bytes = base.metadata().map_err(DiskError::system("examining", backing))?.len();
+        writer.copy_data(&base, backing, 0, 0, base_bytes.min(self.virtual_bytes))?;
+        let malformed = |reason| DiskError::Malformed { path: self.path.clone(), reason };
+        let read = |offset: u64, length: usize| {
+            let mut bytes = vec![0; length];
+            overlay.read_exact_at(&mut bytes, offset).map_err(DiskError::system("reading", &self.path))?;
+            Ok::<Vec<u8>, DiskError>(bytes)
+        };
+        let (offset, length) = qcow2::first_level(&read(0, qcow2::HEAD_BYTES)?).map_err(malformed)?;
+        let first_level = read(offset, length)?;
+        for (second, entry) in first_level.chunks_exact(qcow2::ENTRY_BYTES).enumerate() {
+            let Some(table) = qcow2::second_level(entry).map_err(malformed)? else { continue };
+            let table = read(table, qcow2::CLUSTER_BYTES as usize)?;
+            for (index, entry) in table.chunks_exact(qcow2::ENTRY_BYTES).enumerate() {
+                let at = qcow2::cluster_offset(second, index);
+                if at >= self.virtual_bytes {
+                    break;
+                }
+                let length = qcow2::CLUSTER_BYTES.min(self.virtual_bytes - at);
+                match qcow2::cluster(entry).map_err(malformed)? {
+                    Cluster::Behind => {}
+                    Cluster::Zero => writer.zero(at, length)?,
+                    Cluster::Own { offset } => {
+                        // What the overlay has as zeros is not zero behind.
+                        writer.zero(at, length)?;
+                        writer.copy(overlay, &self.path, offset, at, length)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The space that a file takes, in bytes.
+pub(super) fn allocated_bytes(path: &Path) -> Result<u64, DiskError> {
+    let metadata = fs::metadata(path).map_err(DiskError::system("examining", path))?;
+    // st_blocks counts 512 bytes whatever the filesystem's block is, stat(2).
+    Ok(metadata.blocks() * 512)
 }
 
 pub(super) fn probe(images: &Path, capsules: &Path) -> Result<Backend, DiskError> {
@@ -64,32 +121,35 @@ pub(super) fn probe(images: &Path, capsules: &Path) -> Result<Backend, DiskError
     Ok(if cloned.is_ok() { Backend::Reflink } else { Backend::Overlay })
 }
 
-pub(super) fn create(backend: Backend, spec: &DiskSpec<'_>) -> Result<FileDisk, DiskError> {
+pub(super) fn create_reflink(spec: &DiskSpec<'_>) -> Result<FileDisk, DiskError> {
+    let (base, virtual_bytes) = open_base(spec)?;
+    let path = spec.directory.join(RAW_NAME);
+    make(&path, |file| {
+        reflink::clone(&base, file)?;
+        file.set_len(virtual_bytes)
+    })?;
+    Ok(FileDisk { path, virtual_bytes, backing: None })
+}
+
+pub(super) fn create_overlay(spec: &DiskSpec<'_>) -> Result<FileDisk, DiskError> {
+    let (_, virtual_bytes) = open_base(spec)?;
+    let backing = spec.base.canonicalize().map_err(DiskError::system("finding the path of", spec.base))?;
+    let overlay = Overlay { virtual_bytes, backing: backing.as_os_str().as_bytes().to_vec() };
+    let Some(parts) = overlay.encode() else { return Err(DiskError::PathTooLong { path: backing }) };
+    let path = spec.directory.join(OVERLAY_NAME);
+    make(&path, |file| {
+        parts.iter().try_for_each(|(offset, bytes)| file.write_all_at(bytes, *offset))?;
+        file.set_len(qcow2::FILE_BYTES)
+    })?;
+    Ok(FileDisk { path, virtual_bytes, backing: Some(backing) })
+}
+
+/// The base image, and the size of the disk to make from it.
+fn open_base(spec: &DiskSpec<'_>) -> Result<(File, u64), DiskError> {
     let base = File::open(spec.base).map_err(DiskError::system("opening", spec.base))?;
     let base_bytes = base.metadata().map_err(DiskError::system("examining", spec.base))?.len();
     let virtual_bytes = virtual_bytes(spec, base_bytes)?;
-    match backend {
-        Backend::Reflink => {
-            let path = spec.directory.join(RAW_NAME);
-            make(&path, |file| {
-                reflink::clone(&base, file)?;
-                file.set_len(virtual_bytes)
-            })?;
-            Ok(FileDisk { path, virtual_bytes, backing: None })
-        }
-        Backend::Overlay => {
-            let backing =
-                spec.base.canonicalize().map_err(DiskError::system("finding the path of", spec.base))?;
-            let overlay = Overlay { virtual_bytes, backing: backing.as_os_str().as_bytes().to_vec() };
-            let Some(parts) = overlay.encode() else { return Err(DiskError::PathTooLong { path: backing }) };
-            let path = spec.directory.join(OVERLAY_NAME);
-            make(&path, |file| {
-                parts.iter().try_for_each(|(offset, bytes)| file.write_all_at(bytes, *offset))?;
-                file.set_len(qcow2::FILE_BYTES)
-            })?;
-            Ok(FileDisk { path, virtual_bytes, backing: Some(backing) })
-        }
-    }
+    Ok((base, virtual_bytes))
 }
 
 pub(super) fn open(directory: &Path) -> Result<Option<FileDisk>, DiskError> {
@@ -118,7 +178,8 @@ pub(super) fn open(directory: &Path) -> Result<Option<FileDisk>, DiskError> {
     }
 }
 
-fn virtual_bytes(spec: &DiskSpec<'_>, base_bytes: u64) -> Result<u64, DiskError> {
+/// The size of the disk to make: what is asked for, in bounds, in whole sectors.
+pub(super) fn virtual_bytes(spec: &DiskSpec<'_>, base_bytes: u64) -> Result<u64, DiskError> {
     let wanted_bytes = spec.size_bytes.unwrap_or(base_bytes);
     if wanted_bytes < base_bytes {
         return Err(DiskError::TooSmall { base: spec.base.to_owned(), base_bytes, wanted_bytes });
@@ -130,7 +191,7 @@ fn virtual_bytes(spec: &DiskSpec<'_>, base_bytes: u64) -> Result<u64, DiskError>
 }
 
 /// Makes the file `path` with `fill` and puts it and its name on the storage; removes it again on failure.
-fn make(path: &Path, fill: impl FnOnce(&File) -> io::Result<()>) -> Result<(), DiskError> {
+pub(super) fn make(path: &Path, fill: impl FnOnce(&File) -> io::Result<()>) -> Result<(), DiskError> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -149,7 +210,7 @@ fn make(path: &Path, fill: impl FnOnce(&File) -> io::Result<()>) -> Result<(), D
     made
 }
 
-fn sync_parent(path: &Path) -> Result<(), DiskError> {
+pub(super) fn sync_parent(path: &Path) -> Result<(), DiskError> {
     let parent = path.parent().unwrap_or(Path::new("/"));
     File::open(parent)
         .and_then(|directory| directory.sync_all())

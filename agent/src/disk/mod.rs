@@ -4,11 +4,16 @@
 //! - [`Disk`]: one capsule's disk, however it is made
 //! - [`qcow2`]: the overlay's on-disk format
 //! - `file`: disks that are a file in the capsule's directory, reflink or overlay
+//! - [`dm`]: disks by device-mapper
+//! - `flatten`: a new image of what a disk holds
 
+pub mod dm;
 mod error;
 mod file;
+mod flatten;
 pub mod qcow2;
 
+pub use dm::Store;
 pub use error::DiskError;
 
 use std::fmt;
@@ -24,6 +29,8 @@ pub const SECTOR_BYTES: u64 = 512;
 pub enum Format {
     /// The disk's bytes themselves.
     Raw,
+    /// The same in a block device.
+    Device,
     /// QEMU's format, with another image behind it.
     Qcow2,
 }
@@ -59,6 +66,14 @@ pub trait Disk: fmt::Debug + Send {
     /// The space that it takes on the host, in bytes. Where blocks are shared with the base they count as
     /// if they were not: an upper bound.
     fn allocated_bytes(&self) -> Result<u64, DiskError>;
+    /// How its copy-on-write store is. A disk that is a file has none that could be lost.
+    fn store(&self) -> Result<Store, DiskError> {
+        self.allocated_bytes().map(|used_bytes| Store::Good { used_bytes })
+    }
+    /// Makes a new raw image `to` that holds what this disk holds, safe on the storage when this returns;
+    /// gives back how many bytes of it are not zero. The guest must stand still, its writes done. On
+    /// failure there is no file.
+    fn flatten(&self, to: &Path) -> Result<u64, DiskError>;
     /// Removes it for good, on the disk as well when this returns.
     fn remove(self: Box<Self>) -> Result<(), DiskError>;
 }
@@ -66,6 +81,8 @@ pub trait Disk: fmt::Debug + Send {
 /// How this host makes disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
+    /// A block device that reads the base until a block is written (device-mapper's snapshots).
+    DeviceMapper,
     /// A copy that shares its blocks with the base until they are written (btrfs, XFS, bcachefs).
     Reflink,
     /// A qcow2 file that holds what differs from the base. Works on every filesystem.
@@ -73,27 +90,58 @@ pub enum Backend {
 }
 
 impl Backend {
-    /// Tries whether files in `images` can be reflinked into `capsules`, two existing directories. Leaves
-    /// nothing behind.
+    /// Tries what works for base images in `images` and capsules in `capsules`, two existing directories:
+    /// device-mapper, then reflinks, then overlays. Leaves nothing behind.
     pub fn probe(images: &Path, capsules: &Path) -> Result<Backend, DiskError> {
-        file::probe(images, capsules)
+        match dm::probe(capsules) {
+            Ok(()) => Ok(Backend::DeviceMapper),
+            Err(e) => {
+                log::info!("disks are not made by device-mapper: {e}");
+                file::probe(images, capsules)
+            }
+        }
     }
 
     /// Makes a disk, safe on the storage when this returns. On failure nothing stays.
     pub fn create(self, spec: &DiskSpec<'_>) -> Result<Box<dyn Disk>, DiskError> {
-        Ok(Box::new(file::create(self, spec)?))
+        Ok(match self {
+            Backend::DeviceMapper => Box::new(dm::create(spec)?),
+            Backend::Reflink => Box::new(file::create_reflink(spec)?),
+            Backend::Overlay => Box::new(file::create_overlay(spec)?),
+        })
     }
 
-    /// The disk that an earlier agent has made in a capsule's directory, whichever way it was made; `None`
-    /// when there is none.
+    /// The disk that an earlier agent has made in a capsule's directory, whichever way it was made, ready
+    /// for use; `None` when there is none.
     pub fn open(directory: &Path) -> Result<Option<Box<dyn Disk>>, DiskError> {
+        if let Some(disk) = dm::open(directory)? {
+            return Ok(Some(Box::new(disk)));
+        }
         Ok(file::open(directory)?.map(|disk| Box::new(disk) as Box<dyn Disk>))
     }
+}
+
+/// The machine of a capsule's directory is killed: lets what waits because the storage is full fail, for a
+/// process that waits for its disk cannot end. Does nothing to a disk that does not wait.
+pub fn release(directory: &Path) -> Result<(), DiskError> {
+    dm::release(directory)
+}
+
+/// Removes what the disk of a capsule's directory has outside of it, so that the directory can go. One that
+/// is gone is no error.
+pub fn clear(directory: &Path) -> Result<(), DiskError> {
+    dm::clear(directory)
+}
+
+/// Removes what disks of capsules without a directory in `capsules` have left outside; gives back the names.
+pub fn clear_orphans(capsules: &Path) -> Result<Vec<String>, DiskError> {
+    dm::clear_orphans(capsules)
 }
 
 impl fmt::Display for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Backend::DeviceMapper => "device-mapper",
             Backend::Reflink => "reflink",
             Backend::Overlay => "qcow2 overlay",
         })

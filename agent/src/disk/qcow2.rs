@@ -15,7 +15,8 @@ use super::SECTOR_BYTES;
 const MAGIC: [u8; 4] = *b"QFI\xfb";
 const VERSION: u32 = 3;
 const CLUSTER_BITS: u32 = 16;
-const CLUSTER_BYTES: u64 = 1 << CLUSTER_BITS;
+/// What is allocated at once.
+pub const CLUSTER_BYTES: u64 = 1 << CLUSTER_BITS;
 /// Refcounts of 2^4 bits.
 const REFCOUNT_ORDER: u32 = 4;
 /// Up to and with `compression_type` and its padding: a multiple of 8.
@@ -28,6 +29,15 @@ const REFCOUNT_TABLE_CLUSTER: u64 = 1;
 const REFCOUNT_BLOCK_CLUSTER: u64 = 2;
 const FIRST_LEVEL_CLUSTER: u64 = 3;
 const CLUSTERS: u64 = 4;
+
+/// An entry of a table of either level.
+pub const ENTRY_BYTES: usize = 8;
+/// Bits 9 to 55 of an entry: where in the file what it speaks of lies.
+const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// Bit 62 of a second-level entry: the cluster is compressed.
+const COMPRESSED: u64 = 1 << 62;
+/// Bit 0 of a second-level entry: the cluster reads as zeros.
+const ZERO: u64 = 1;
 
 /// What one entry of the first-level table describes: a second-level table of one cluster with an entry of
 /// 8 bytes a cluster, so 512 MiB.
@@ -126,6 +136,59 @@ impl Overlay {
     }
 }
 
+/// Where a cluster's content is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cluster {
+    /// In the image behind, or zero where that ends.
+    Behind,
+    /// It is zero.
+    Zero,
+    /// In this file.
+    Own {
+        /// Where, in bytes.
+        offset: u64,
+    },
+}
+
+/// Where the first-level table is and how long, in bytes, by the head of an overlay that [`Overlay::encode`]
+/// has begun. The error says what is wrong.
+pub fn first_level(head: &[u8]) -> Result<(u64, usize), &'static str> {
+    let overlay = Overlay::decode(head)?;
+    let cut = "the qcow2 header is cut off";
+    let entries = number::<4>(head, 36).map(u32::from_be_bytes).ok_or(cut)?;
+    let offset = number::<8>(head, 40).map(u64::from_be_bytes).ok_or(cut)?;
+    if u64::from(entries) != overlay.virtual_bytes.div_ceil(BYTES_PER_FIRST_LEVEL_ENTRY) {
+        return Err("the qcow2 first-level table does not have the disk's size");
+    }
+    Ok((offset, entries as usize * ENTRY_BYTES))
+}
+
+/// Where the second-level table of a first-level entry is; `None` when none of its clusters is allocated.
+pub fn second_level(entry: &[u8]) -> Result<Option<u64>, &'static str> {
+    let entry = number::<8>(entry, 0).map(u64::from_be_bytes).ok_or("a qcow2 table is cut off")?;
+    Ok(Some(entry & OFFSET_MASK).filter(|offset| *offset != 0))
+}
+
+/// What a second-level entry says.
+pub fn cluster(entry: &[u8]) -> Result<Cluster, &'static str> {
+    let entry = number::<8>(entry, 0).map(u64::from_be_bytes).ok_or("a qcow2 table is cut off")?;
+    match (entry & COMPRESSED, entry & ZERO, entry & OFFSET_MASK) {
+        (0, 0, 0) => Ok(Cluster::Behind),
+        (0, 0, offset) => Ok(Cluster::Own { offset }),
+        (0, _, _) => Ok(Cluster::Zero),
+        _ => Err("a qcow2 cluster is compressed, which nothing here makes"),
+    }
+}
+
+/// Where on the disk the cluster is that entry `second` of the second-level table `first` speaks of.
+pub fn cluster_offset(first: usize, second: usize) -> u64 {
+    first as u64 * BYTES_PER_FIRST_LEVEL_ENTRY + second as u64 * CLUSTER_BYTES
+}
+
+fn number<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+    bytes.get(at..at + N)?.try_into().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -158,6 +221,26 @@ mod tests {
             let decoded = overlay.encode().map(|parts| Overlay::decode(&parts[0].1));
             assert_eq!(decoded, Some(Ok(overlay)));
         }
+    }
+
+    #[test]
+    fn tables_are_read() {
+        let Some([(_, head), ..]) = overlay((1 << 30) + 512).encode() else { panic!("not encoded") };
+        let mut head = head;
+        assert_eq!(first_level(&head), Ok((3 << 16, 24)));
+        head[39] = 4;
+        assert!(first_level(&head).is_err());
+        let entry = |value: u64| cluster(&value.to_be_bytes());
+        assert_eq!(entry(0), Ok(Cluster::Behind));
+        // "Copied" is bit 63.
+        assert_eq!(entry(1 << 63 | 5 << 16), Ok(Cluster::Own { offset: 5 << 16 }));
+        assert_eq!(entry(1 << 63 | 5 << 16 | 1), Ok(Cluster::Zero));
+        assert_eq!(entry(1), Ok(Cluster::Zero));
+        assert!(entry(1 << 62 | 5 << 16).is_err());
+        assert!(cluster(&[0; 7]).is_err());
+        assert_eq!(second_level(&(1 << 63 | 4u64 << 16).to_be_bytes()), Ok(Some(4 << 16)));
+        assert_eq!(second_level(&[0; 8]), Ok(None));
+        assert_eq!(cluster_offset(1, 2), (512 << 20) + (128 << 10));
     }
 
     #[test]

@@ -7,19 +7,25 @@
 //! - [`pidfd`]: processes that can be waited for and killed without a race
 //! - [`spawn`]: starting a program with nothing of ours but what it is given
 //! - [`memfd`]: files that exist only in memory
+//! - [`dm`]: device-mapper devices
+//! - [`loopdev`]: block devices whose content is a file
+//! - [`sparse`]: files with holes
 //! - [`reflink`]: copies that share their blocks
 //! - [`kvm`]: just enough of KVM to find out whether it works
 //! - [`resources`]: disk space
 //!
 //! What the control plane needs too is in `wire::reactor::sys`.
 
+pub mod dm;
 pub mod kvm;
+pub mod loopdev;
 pub mod memfd;
 pub mod namespace;
 pub mod pidfd;
 pub mod reflink;
 pub mod resources;
 pub mod rtnetlink;
+pub mod sparse;
 pub mod spawn;
 pub mod tun;
 

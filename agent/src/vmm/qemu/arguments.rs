@@ -140,9 +140,13 @@ fn add_disk(arguments: &mut Arguments, index: usize, disk: &DiskFds, next_set: &
         *next_set += 1;
         format!("/dev/fdset/{}", *next_set - 1)
     };
-    let file = json!({"driver": "file", "filename": set(arguments, disk.file), "discard": "unmap"});
+    let driver = match disk.format {
+        Format::Device => "host_device",
+        Format::Raw | Format::Qcow2 => "file",
+    };
+    let file = json!({"driver": driver, "filename": set(arguments, disk.file), "discard": "unmap"});
     let node = match disk.format {
-        Format::Raw => {
+        Format::Raw | Format::Device => {
             json!({"node-name": name, "driver": "raw", "discard": "unmap", "file": file})
         }
         Format::Qcow2 => {

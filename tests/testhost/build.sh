@@ -1,0 +1,101 @@
+#!/bin/bash
+# Makes a "test host": kernel and initramfs of a virtual machine that has what a real host has and the
+# machine of a developer often lacks (device-mapper, loop devices, TAP, KVM), and runs one program.
+#
+#     tests/testhost/build.sh [--cache DIR] [--output DIR]
+#
+#     --cache DIR   downloads of rootfs/build.sh      (builds/cache)
+#     --output DIR  where to                          (builds/testhost)
+#
+# The kernel is the one that guests boot, with more of its modules; the programs are this machine's own,
+# with the libraries that they are linked with, so a test built here runs there. Only what is out of date
+# is made.
+set -euo pipefail
+here=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")")
+repository=$(dirname -- "$(dirname -- "$here")")
+. "$repository/rootfs/lib.sh"
+. "$repository/rootfs/modules.sh"
+
+# virtio for the test host's own devices, then what hosts of capsules need.
+readonly MODULES=(virtio_pci virtio_blk virtio_net virtio_console virtio-rng
+    dm-mod dm-snapshot loop tun veth nf_tables kvm-amd kvm-intel)
+# What `init` and the tests run.
+readonly PROGRAMS=(bash cat chmod head insmod mkdir mkfs.ext4 mount sleep sync umount)
+# Rust's unwinder, which bash is not linked with.
+readonly LIBRARIES=(libgcc_s.so.1 libm.so.6)
+
+cache=$repository/builds/cache output=$repository/builds/testhost
+while (($#)); do
+    case $1 in
+    --cache | --output) (($# > 1)) && [[ $2 ]] || die "$1 needs a value" ;;
+    *) die "unknown argument $1; the head of tests/testhost/build.sh lists them" ;;
+    esac
+    printf -v "${1#--}" '%s' "$2"
+    shift 2
+done
+PATH=$PATH:/usr/sbin:/sbin
+need cpio objcopy dpkg-deb ldd "${PROGRAMS[@]}"
+mkdir -p "$cache" "$output"
+exec 9>"$output/lock"
+flock --wait 600 9 || die "another build holds $output/lock"
+
+read -r package version sha256 file < <("$repository/rootfs/fetch-kernel.sh" "$cache") || die "no kernel package"
+# library_path NAME: where the dynamic linker finds it.
+library_path() {
+    ldconfig -p | sed -n "s/^[[:space:]]*$1 (libc6,x86-64.*=> //p" | head -n 1
+}
+copied=()
+for program in "${PROGRAMS[@]}"; do
+    copied+=("$(realpath -- "$(command -v "$program")")")
+done
+for library in "${LIBRARIES[@]}"; do
+    path=$(library_path "$library")
+    [[ $path ]] || die "this machine has no $library"
+    copied+=("$path")
+done
+recipe=$(cat -- "$here"/{build.sh,init} "$repository"/rootfs/{lib,modules}.sh "${copied[@]}" | sha256sum | cut -d ' ' -f 1)
+if [[ $(manifest_value "$output/manifest.json" recipe_sha256) == "$recipe" &&
+    $(manifest_value "$output/manifest.json" package_sha256) == "$sha256" &&
+    -s $output/vmlinuz && -s $output/initramfs.img ]]; then
+    exit
+fi
+
+say "test host: kernel $version"
+scratch_beside "$output"
+rm -f -- "$output/manifest.json"
+dpkg-deb --extract "$file" "$scratch/kernel"
+release=${package#linux-image-}
+modules=$scratch/kernel/lib/modules/$release tree=$scratch/tree
+mkdir -p "$tree"/{bin,dev,lib,lib64,modules,proc,run,sys,tmp,work}
+for module in "${MODULES[@]}"; do
+    add_module "$module"
+done
+
+# copy_with_libraries FILE PLACE: a program or library, and at their own paths what it is linked with.
+copy_with_libraries() {
+    local library
+    install -D -m 0755 -- "$1" "$tree/$2"
+    while read -r library; do
+        [[ -e $tree/$library ]] || install -D -m 0755 -- "$library" "$tree/$library"
+    done < <(ldd "$1" | sed -n 's/^.*[[:space:]]\(\/[^ ]*\) (0x.*$/\1/p')
+}
+for program in "${PROGRAMS[@]}"; do
+    copy_with_libraries "$(command -v "$program")" "bin/$program"
+done
+for library in "${LIBRARIES[@]}"; do
+    path=$(library_path "$library")
+    copy_with_libraries "$path" "$path"
+done
+install -m 0755 "$here/init" "$tree/init"
+(cd "$tree" && find . -mindepth 1 -printf '%P\n' | sort |
+    cpio --quiet --create --format=newc --owner=0:0) | gzip -1 >"$scratch/initramfs.img"
+publish "$scratch/initramfs.img" "$output/initramfs.img"
+publish "$scratch/kernel/boot/vmlinuz-$release" "$output/vmlinuz"
+cat >"$scratch/manifest.json" <<END
+{
+  "package_sha256": "$sha256",
+  "recipe_sha256": "$recipe"
+}
+END
+publish "$scratch/manifest.json" "$output/manifest.json"
+say "test host: $output is ready ($(($(stat -c %s "$output/initramfs.img") / 1048576)) MiB)"
