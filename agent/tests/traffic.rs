@@ -12,6 +12,7 @@ use guest::{
     write_frame,
 };
 use run::{in_namespace, output};
+use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::process::Command;
 use std::time::Duration;
@@ -153,21 +154,24 @@ fn with_internet_a_guest_gets_out_of_the_host_masqueraded() {
             ["netns", "exec", outside, "ip"].into_iter().chain(command.split(' ')).collect();
         output("ip", &arguments);
     }
-    let server = Command::new("ip")
-        .args(["netns", "exec", outside, "python3", "-c"])
-        .arg("import socket;s=socket.create_server(('8.8.4.4',80));c,a=s.accept();print(a[0],flush=True)")
+    const SERVER: &str = "import socket;s=socket.create_server(('8.8.4.4',80));print('listening',flush=True);\
+                          c,a=s.accept();print(a[0],flush=True)";
+    let mut server = Command::new("ip")
+        .args(["netns", "exec", outside, "python3", "-c", SERVER])
         .stdout(std::process::Stdio::piped())
         .spawn()
         .expect("started");
-    std::thread::sleep(Duration::from_millis(500));
+    let mut said = BufReader::new(server.stdout.take().expect("its output")).lines();
+    assert_eq!(said.next().expect("a line").expect("read"), "listening");
     write_frame(&tap, &packet(slot, slot.guest_mac().0, GUEST, Ipv4Addr::new(8, 8, 4, 4), 80));
     let answer = read_frame(&tap, is_tcp_with(SYN_ACK)).expect("an answer from outside");
     assert_eq!(answer[26..30], [8, 8, 4, 4]);
     // The handshake's last segment, acknowledging theirs, so that the server's accept returns.
     let theirs = u32::from_be_bytes(answer[38..42].try_into().expect("four bytes"));
     write_frame(&tap, &acknowledgement(slot, Ipv4Addr::new(8, 8, 4, 4), theirs.wrapping_add(1)));
-    let seen = server.wait_with_output().expect("ended");
-    assert_eq!(String::from_utf8_lossy(&seen.stdout).trim(), "8.8.4.1", "the address that the outside saw");
+    let seen = said.next().expect("a line").expect("read");
+    assert_eq!(seen, "8.8.4.1", "the address that the outside saw");
+    server.wait().expect("ended");
 
     output("ip", &["link", "delete", uplink]);
     output("ip", &["netns", "delete", outside]);

@@ -9,10 +9,10 @@ use wrenn_agent::net::{Slot, Tap};
 
 const VNET_HEADER_BYTES: usize = 10;
 
-/// The next frame on the TAP that `wanted` accepts, without its virtio-net header; waits up to a second.
+/// The next frame on the TAP that `wanted` accepts, without its virtio-net header; waits up to ten seconds.
 pub fn read_frame(tap: &Tap, wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
     let mut file = File::from(tap.as_fd().try_clone_to_owned().expect("cloned"));
-    let deadline = Instant::now() + Duration::from_secs(1);
+    let deadline = Instant::now() + Duration::from_secs(10);
     while Instant::now() < deadline {
         let mut buffer = [0; 2_048];
         match file.read(&mut buffer) {
