@@ -306,6 +306,10 @@ impl Making {
                 );
                 Response::error(502, "agent_error", &message)
             }
+            // It was destroyed meanwhile: nothing else cancels a create that somebody still waits for.
+            Some(Code::Cancelled) => {
+                Response::error(409, "conflict", "the capsule was destroyed while it was being made")
+            }
             // The host is there: it is the guest that did not come up.
             Some(_) => {
                 Response::error(502, "agent_error", &format!("the capsule could not be started: {error}"))

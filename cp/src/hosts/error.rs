@@ -43,17 +43,18 @@ pub enum HostError {
     BadReply(String),
 }
 
+/// For whoever uses capsules: where a host is, is for its operator, who finds it in the log.
 impl fmt::Display for HostError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            HostError::BadAddress { address } => {
-                write!(f, "the host's address {address:?} is not IP:PORT; register the host anew")
+            HostError::BadAddress { .. } => {
+                f.write_str("the host's address on record is not IP:PORT; register the host anew")
             }
-            HostError::Unreachable { address, reason } => {
-                write!(f, "the host agent at {address} cannot be reached: {reason}")
+            HostError::Unreachable { reason, .. } => {
+                write!(f, "the host agent cannot be reached: {reason}")
             }
-            HostError::Lost { address, reason } => {
-                write!(f, "the connection to the host agent at {address} was lost: {reason}")
+            HostError::Lost { reason, .. } => {
+                write!(f, "the connection to the host agent was lost: {reason}")
             }
             HostError::TimedOut { after_ms } => {
                 write!(f, "the host did not answer within {}.{} s", after_ms / 1000, after_ms % 1000 / 100)
@@ -126,7 +127,7 @@ mod tests {
         assert_eq!(response.status, 503);
         assert_eq!(
             response.body,
-            br#"{"error":{"code":"host_unavailable","message":"the host agent at 10.0.0.1:1 cannot be reached: refused"}}"#
+            br#"{"error":{"code":"host_unavailable","message":"the host agent cannot be reached: refused"}}"#
         );
         for (code, status) in [
             (Code::NotFound, 404),

@@ -191,6 +191,25 @@ fn a_create_whose_answer_is_lost_is_cleaned_up() {
 }
 
 #[test]
+fn a_create_that_is_cut_short_by_a_destruction_is_a_conflict() {
+    let mut team = team();
+    let destroyed = HostError::Remote(Error::new(Code::Cancelled, "destroyed"));
+    team.stage.hosts[0].failures.push_back(destroyed);
+    let answer = error(&team.post("/v1/capsules", "{}"));
+    assert_eq!((answer.0, answer.1.as_str()), (409, "conflict"), "{}", answer.2);
+}
+
+#[test]
+fn where_a_host_is_stays_with_its_operator() {
+    let mut team = team();
+    let gone = HostError::Unreachable { address: "10.0.0.1:50051".into(), reason: "refused".into() };
+    team.stage.hosts[0].failures.push_back(gone);
+    let answer = error(&team.post("/v1/capsules", "{}"));
+    assert_eq!(answer.0, 503);
+    assert!(answer.2.contains("refused") && !answer.2.contains("10.0.0.1"), "{}", answer.2);
+}
+
+#[test]
 fn a_host_that_declines_is_passed_over() {
     let mut team = team();
     let bearer = team.bearer.clone();
