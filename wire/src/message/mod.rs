@@ -10,6 +10,7 @@ use alloc::vec::Vec;
 
 pub mod capsule;
 pub mod capsule_life;
+pub mod capsule_net;
 pub mod common;
 pub mod file;
 pub mod guest;
@@ -17,6 +18,7 @@ pub mod process;
 
 pub use capsule::*;
 pub use capsule_life::*;
+pub use capsule_net::*;
 pub use common::*;
 pub use file::*;
 pub use guest::*;
@@ -143,6 +145,7 @@ pub fn descriptions() -> Vec<Description> {
     all.extend(common::descriptions());
     all.extend(capsule::descriptions());
     all.extend(capsule_life::descriptions());
+    all.extend(capsule_net::descriptions());
     all.extend(process::descriptions());
     all.extend(file::descriptions());
     all.extend(guest::descriptions());
@@ -156,6 +159,7 @@ pub fn recode(kind: u16, body: &[u8]) -> Option<Result<(String, Vec<u8>), Decode
     common::recode(kind, body)
         .or_else(|| capsule::recode(kind, body))
         .or_else(|| capsule_life::recode(kind, body))
+        .or_else(|| capsule_net::recode(kind, body))
         .or_else(|| process::recode(kind, body))
         .or_else(|| file::recode(kind, body))
         .or_else(|| guest::recode(kind, body))
