@@ -313,7 +313,7 @@ fn a_slot_that_is_somebody_elses_is_left_alone() {
     let others: Vec<CapsuleNetwork> = (0..2)
         .map(|n| {
             let slot = Slot::new(place.first_slot + n).expect("a slot");
-            CapsuleNetwork::create(slot, Policy::default()).expect("made").0
+            CapsuleNetwork::create(slot, &Policy::CLOSED).expect("made").0
         })
         .collect();
     let mut cp = agent.client();

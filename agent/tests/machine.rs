@@ -65,7 +65,7 @@ impl Capsule {
         let directory = std::env::temp_dir().join(format!("wrenn-machine-{name}-{}", std::process::id()));
         fs::DirBuilder::new().mode(0o700).create(&directory).expect("a directory");
         let directory = Directory(directory);
-        let (network, tap) = with_free_slot(|slot| CapsuleNetwork::create(slot, Policy::default()));
+        let (network, tap) = with_free_slot(|slot| CapsuleNetwork::create(slot, &Policy::CLOSED));
         let spec = DiskSpec { base: image, directory: &directory.0, size_bytes: Some(1 << 30) };
         let disk = Backend::Overlay.create(&spec).expect("a disk");
         (Capsule { directory, network, disk }, tap)

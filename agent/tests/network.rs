@@ -11,7 +11,7 @@ use std::time::Instant;
 use support::{Machine, with_free_slot};
 use wrenn_agent::net::{CapsuleNetwork, NetError, Policy, destroy_remains, existing_slots};
 
-const CLOSED: Policy = Policy { allow_internet: false };
+const CLOSED: &Policy = &Policy::CLOSED;
 /// More than there are processors, fewer than would take long.
 const AT_ONCE: usize = 16;
 
@@ -65,7 +65,7 @@ fn a_network_is_adopted_and_its_tap_made_again() {
     let (network, tap) = with_free_slot(|slot| CapsuleNetwork::create(slot, CLOSED));
     let slot = network.slot();
     drop((network, tap));
-    let mut network = CapsuleNetwork::adopt(slot).expect("adopted");
+    let network = CapsuleNetwork::adopt(slot).expect("adopted");
     let tap = network.open_tap(CLOSED).expect("made again");
     assert!(network.open_tap(CLOSED).is_err_and(|e| matches!(e, NetError::NameTaken { .. })));
     let rules = in_namespace(slot, &["nft", "list", "ruleset"]);

@@ -19,8 +19,8 @@ use std::time::Duration;
 use support::{Machine, with_free_slot};
 use wrenn_agent::net::{CapsuleNetwork, Policy, host};
 
-const CLOSED: Policy = Policy { allow_internet: false };
-const OPEN: Policy = Policy { allow_internet: true };
+const CLOSED: &Policy = &Policy::CLOSED;
+const OPEN: &Policy = &Policy::OPEN;
 /// Another source port than the one of [`packet`].
 const OTHER_PORT: u16 = 40_001;
 
@@ -60,7 +60,7 @@ fn sockets_of_the_namespace_work_from_outside_it() {
 #[test]
 fn a_guest_reaches_the_metadata_service_and_nothing_else() {
     let Some(machine) = Machine::take() else { return };
-    let (mut network, tap) = with_free_slot(|slot| CapsuleNetwork::create(slot, CLOSED));
+    let (network, tap) = with_free_slot(|slot| CapsuleNetwork::create(slot, CLOSED));
     let slot = network.slot();
     let _listener = network.metadata_listener().expect("listening");
     let host_listener = std::net::TcpListener::bind((slot.host_link(), 0)).expect("listening on the host");

@@ -94,13 +94,13 @@ impl Capsule {
         self.network_attempts += 1;
         self.record.slot = Some(slot.index());
         let (record, directory) = (self.record.clone(), self.directory.clone());
-        let policy = Policy { allow_internet: self.spec.allow_internet };
+        let policy = Policy::internet(self.spec.allow_internet);
         self.submit(ctx, move || {
             CapsuleReport::NetworkMade(
                 record
                     .write(&directory)
                     .map_err(NetworkFailure::Record)
-                    .and_then(|()| CapsuleNetwork::create(slot, policy).map_err(NetworkFailure::Net)),
+                    .and_then(|()| CapsuleNetwork::create(slot, &policy).map_err(NetworkFailure::Net)),
             )
         });
     }

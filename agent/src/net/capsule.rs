@@ -1,10 +1,11 @@
 //! One capsule's network, made and unmade whole.
 
 use super::error::NetError;
-use super::firewall::{self, Policy};
+use super::firewall;
 use super::link::Links;
 use super::netlink::VethEnd;
 use super::netns::{self, Namespace};
+use super::policy::Policy;
 use super::slot::Slot;
 use super::tap::Tap;
 use super::{GUEST_ADDRESS, GUEST_LINK_NAME, METADATA_ADDRESS, METADATA_PORT, MTU, host};
@@ -12,6 +13,8 @@ use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 const HOST_PREFIX: u8 = 32;
 const LINK_PREFIX: u8 = 31;
@@ -30,16 +33,35 @@ const NAMESPACE_SETTINGS: [(&str, &str); 3] = [
 #[derive(Debug)]
 pub struct CapsuleNetwork {
     slot: Slot,
-    namespace: Namespace,
+    namespace: Arc<Namespace>,
+    access: Arc<Mutex<Access>>,
+}
+
+/// How things stand between a guest and the world. Whoever changes that holds it, so that changes come one
+/// after another and none comes after the end.
+#[derive(Debug, Clone, Copy)]
+struct Access {
     /// Whether its link may be in the host's set of links with internet.
     let_out: bool,
+    /// The revision of the policy that holds.
+    revision: u64,
+    /// Whether the network is being taken away.
+    ended: bool,
+}
+
+/// Changes what a guest may reach, from another thread than the one that has the [`CapsuleNetwork`].
+#[derive(Debug, Clone)]
+pub struct PolicyHandle {
+    slot: Slot,
+    namespace: Arc<Namespace>,
+    access: Arc<Mutex<Access>>,
 }
 
 impl CapsuleNetwork {
     /// Makes the namespace, both cables, the addresses and the firewall. On failure nothing stays;
     /// [`NetError::NameTaken`] means that the slot belongs to somebody else. Blocks for about ten
     /// milliseconds. The [`Tap`] is for the VMM, and lasts as long as that.
-    pub fn create(slot: Slot, policy: Policy) -> Result<(CapsuleNetwork, Tap), NetError> {
+    pub fn create(slot: Slot, policy: &Policy) -> Result<(CapsuleNetwork, Tap), NetError> {
         let mut undo = Undo { slot, namespace: false, link: false };
         let namespace = Namespace::create(&slot.namespace_name())?;
         undo.namespace = true;
@@ -54,7 +76,7 @@ impl CapsuleNetwork {
         furnish_host_end(&mut outer, slot)?;
         furnish_guest_end(&mut inner, slot)?;
 
-        let mut network = CapsuleNetwork { slot, namespace, let_out: false };
+        let network = CapsuleNetwork::new(slot, namespace, false);
         network.set_policy(policy)?;
         undo.disarm();
         Ok((network, tap))
@@ -63,7 +85,12 @@ impl CapsuleNetwork {
     /// The network of a capsule that an earlier agent has made.
     pub fn adopt(slot: Slot) -> Result<CapsuleNetwork, NetError> {
         Links::open()?.get(&slot.host_link_name())?;
-        Ok(CapsuleNetwork { slot, namespace: Namespace::open(&slot.namespace_name())?, let_out: true })
+        Ok(CapsuleNetwork::new(slot, Namespace::open(&slot.namespace_name())?, true))
+    }
+
+    fn new(slot: Slot, namespace: Namespace, let_out: bool) -> CapsuleNetwork {
+        let access = Access { let_out, revision: 0, ended: false };
+        CapsuleNetwork { slot, namespace: Arc::new(namespace), access: Arc::new(Mutex::new(access)) }
     }
 
     /// Its slot.
@@ -76,20 +103,20 @@ impl CapsuleNetwork {
         self.namespace.as_fd()
     }
 
+    /// For changing what the guest may reach later on.
+    pub fn policy_handle(&self) -> PolicyHandle {
+        let (namespace, access) = (Arc::clone(&self.namespace), Arc::clone(&self.access));
+        PolicyHandle { slot: self.slot, namespace, access }
+    }
+
     /// Changes what the guest may reach, for connections that exist as well. Blocks for milliseconds.
-    pub fn set_policy(&mut self, policy: Policy) -> Result<(), NetError> {
-        let rules = firewall::capsule_rules(self.slot, policy);
-        firewall::load(&rules, Some(self.namespace()))?;
-        if self.let_out && !policy.allow_internet {
-            host::shut_in(self.slot)?;
-        }
-        self.let_out = policy.allow_internet;
-        host::admit(self.slot, policy)
+    pub fn set_policy(&self, policy: &Policy) -> Result<(), NetError> {
+        self.policy_handle().apply(&mut held(&self.access), policy)
     }
 
     /// Makes `tap0` again after its VMM has ended, as for a capsule that resumes, and guards it. Blocks for
     /// milliseconds.
-    pub fn open_tap(&mut self, policy: Policy) -> Result<Tap, NetError> {
+    pub fn open_tap(&self, policy: &Policy) -> Result<Tap, NetError> {
         let tap = self.namespace.run(|| Tap::create(&mut Links::open()?, self.slot))??;
         // The device's own rules have gone with the old device.
         self.set_policy(policy)?;
@@ -120,8 +147,53 @@ impl CapsuleNetwork {
     /// free the namespace; its name and the host's link are gone when this returns. Blocks for
     /// milliseconds.
     pub fn destroy(self) -> Result<(), NetError> {
-        remove(self.slot, self.let_out).map(drop)
+        let mut access = held(&self.access);
+        access.ended = true;
+        remove(self.slot, access.let_out).map(drop)
     }
+}
+
+impl PolicyHandle {
+    /// Changes what the guest may reach, for connections that exist as well, and writes it into the
+    /// capsule's directory, for the agents that come after this one. What held before holds again where
+    /// that fails. Blocks for milliseconds.
+    pub fn change(&self, policy: &Policy, directory: &Path) -> Result<(), NetError> {
+        let mut access = held(&self.access);
+        if access.ended {
+            return Err(NetError::Ended);
+        }
+        if policy.revision < access.revision {
+            return Err(NetError::Superseded { revision: policy.revision, by: access.revision });
+        }
+        let file = |e| NetError::system("writing the network policy to", directory.display())(e);
+        let before = Policy::load(directory).map_err(file)?;
+        policy.save(directory).map_err(file)?;
+        self.apply(&mut access, policy).inspect_err(|_| {
+            let restored =
+                before.save(directory).map_err(file).and_then(|()| self.apply(&mut access, &before));
+            if let Err(e) = restored {
+                log::error!("slot {}: going back to the old network policy: {e}", self.slot);
+            }
+        })
+    }
+
+    fn apply(&self, access: &mut Access, policy: &Policy) -> Result<(), NetError> {
+        let rules = firewall::capsule_rules(self.slot, policy);
+        firewall::load(&rules, Some(self.namespace.as_fd()))?;
+        access.revision = policy.revision;
+        if access.let_out && !policy.lets_out() {
+            host::shut_in(self.slot)?;
+        }
+        // Before the link is in the set: where that fails half-way, it is to be taken out again.
+        access.let_out = policy.lets_out();
+        host::admit(self.slot, policy.lets_out())
+    }
+}
+
+/// A thread that panicked with it has at worst not noted a change that it had begun: `let_out` is then what
+/// is looked at again at the next change and at the end.
+fn held(access: &Mutex<Access>) -> MutexGuard<'_, Access> {
+    access.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Removes by name whatever there is of a capsule's network; false when there was nothing. Only for slots

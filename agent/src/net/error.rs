@@ -33,6 +33,15 @@ pub enum NetError {
     },
     /// The firewall rules could not be put in place.
     Firewall(FirewallError),
+    /// The network is being taken away.
+    Ended,
+    /// A newer change was made already.
+    Superseded {
+        /// The revision that came too late.
+        revision: u64,
+        /// The one that holds.
+        by: u64,
+    },
 }
 
 impl NetError {
@@ -51,7 +60,7 @@ impl NetError {
             NetError::NameTaken { .. } => Some(libc::EEXIST),
             NetError::Refused { refusal, .. } => Some(refusal.errno),
             NetError::System { source, .. } => source.raw_os_error(),
-            NetError::Firewall(_) => None,
+            NetError::Firewall(_) | NetError::Ended | NetError::Superseded { .. } => None,
         }
     }
 }
@@ -75,6 +84,10 @@ impl fmt::Display for NetError {
                 }
             }
             NetError::Firewall(error) => error.fmt(f),
+            NetError::Ended => f.write_str("the capsule is going away"),
+            NetError::Superseded { revision, by } => {
+                write!(f, "the network policy of revision {revision} comes too late: {by} holds already")
+            }
         }
     }
 }
@@ -84,7 +97,10 @@ impl std::error::Error for NetError {
         match self {
             NetError::System { source, .. } => Some(source),
             NetError::Firewall(error) => Some(error),
-            NetError::NameTaken { .. } | NetError::Refused { .. } => None,
+            NetError::NameTaken { .. }
+            | NetError::Refused { .. }
+            | NetError::Ended
+            | NetError::Superseded { .. } => None,
         }
     }
 }

@@ -9,9 +9,16 @@
 //! - On the host, one table for all capsules: nothing that comes from a capsule's link reaches the host
 //!   itself or another capsule, and only links in the set `internet` are forwarded and masqueraded.
 //!
-//! A packet in a connection's original direction is judged by the policy as it is now, not as it was when
-//! the connection began: a policy that is narrowed cuts what it forbids.
+//! Every packet of a connection to the internet, in either direction, is judged by the policy as it is now
+//! and by where the connection was opened to, not as it was when the connection began: a policy that is
+//! narrowed cuts what it forbids.
+//!
+//! Limits are tokens that packets take (nft's `limit rate over ... drop`), in the same transaction as the
+//! rules. The kernel's bucket holds one second's worth beside the burst, so the first second may bring twice
+//! as much; after that TCP gets within 3 % of the limit. A queue (tc's tbf) gets 3 to 23 % less, and would
+//! slow down the host's own way to the guest as well: that goes through the same links.
 
+use super::policy::{Limit, Policy, Protocol, Rule};
 use super::slot::{HOST_LINK_PREFIX, Slot};
 use super::{GUEST_ADDRESS, GUEST_LINK_NAME, METADATA_ADDRESS, METADATA_PORT, tap};
 use crate::sys::memfd::Capture;
@@ -36,6 +43,13 @@ const NFT_MESSAGE_BYTES: u64 = 4_096;
 /// Most rules in one transaction: less than a pipe holds, so writing them never blocks.
 const MAX_RULES_BYTES: usize = 32 * 1024;
 
+/// A limit's burst is this part of a second's worth,
+const BURST_DIVISOR: u32 = 10;
+/// but not less than a few large packets: the kernel puts several segments into one.
+const MIN_BURST_BYTES: u64 = 65_536;
+const MIN_BURST_PACKETS: u32 = 5;
+const BYTES_PER_KBIT: u64 = 125;
+
 /// What an internet-enabled guest still may not reach: everything that is not the public internet. From
 /// IANA's special-purpose address registry (RFC 6890 and updates), and multicast.
 pub const NOT_INTERNET: [&str; 15] = [
@@ -55,13 +69,6 @@ pub const NOT_INTERNET: [&str; 15] = [
     "224.0.0.0/4",
     "240.0.0.0/4",
 ];
-
-/// What a capsule's guest may reach.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Policy {
-    /// Whether it may open connections to the public internet.
-    pub allow_internet: bool,
-}
 
 /// Why rules are not in place.
 #[derive(Debug)]
@@ -106,7 +113,7 @@ impl std::error::Error for FirewallError {
 }
 
 /// The rules inside a capsule's namespace. Loading them again replaces them.
-pub fn capsule_rules(slot: Slot, policy: Policy) -> String {
+pub fn capsule_rules(slot: Slot, policy: &Policy) -> String {
     let mut rules = Rules::default();
     guard_rules(&mut rules, slot);
     for command in ["add", "delete", "add"] {
@@ -157,7 +164,7 @@ fn input_rules(rules: &mut Rules) {
 }
 
 /// What goes through it: the host's connections to the guest, and the guest's to the internet.
-fn forward_rules(rules: &mut Rules, slot: Slot, policy: Policy) {
+fn forward_rules(rules: &mut Rules, slot: Slot, policy: &Policy) {
     let (tap, link, host) = (tap::NAME, GUEST_LINK_NAME, slot.host_link());
     let answers = "ct direction reply ct state established,related accept";
     rules.chain("forward", "filter hook forward priority filter; policy drop;");
@@ -167,15 +174,78 @@ fn forward_rules(rules: &mut Rules, slot: Slot, policy: Policy) {
         format_args!("iifname \"{link}\" oifname \"{tap}\" ip saddr {host} ct status dnat accept"),
     );
     rules.rule("forward", format_args!("iifname \"{tap}\" oifname \"{link}\" {answers}"));
-    if policy.allow_internet {
-        let denied = NOT_INTERNET.join(", ");
-        rules.rule(
-            "forward",
-            format_args!("iifname \"{tap}\" oifname \"{link}\" ip daddr != {{ {denied} }} accept"),
-        );
-        rules.rule("forward", format_args!("iifname \"{link}\" oifname \"{tap}\" {answers}"));
+    if policy.lets_out() {
+        for (chain, limit) in [("egress", policy.egress), ("ingress", policy.ingress)] {
+            rules.line(format_args!("add chain ip {TABLE} {chain}"));
+            limit_rules(rules, chain, limit);
+        }
+        policy_rules(rules, policy);
+        rules.rule("forward", format_args!("iifname \"{tap}\" oifname \"{link}\" jump judge"));
+        let answers = "ct direction reply ct state established,related";
+        rules.rule("forward", format_args!("iifname \"{link}\" oifname \"{tap}\" {answers} jump judge"));
     }
     reject_rest(rules, "forward");
+}
+
+/// Accepts what the policy allows and returns from the rest. By the connection's own destination, so that it
+/// fits answers, and ICMP errors about it, as well.
+fn policy_rules(rules: &mut Rules, policy: &Policy) {
+    let (tap, link) = (tap::NAME, GUEST_LINK_NAME);
+    // What is allowed passes the limits of its direction, which drop or accept it.
+    rules.line(format_args!("add chain ip {TABLE} pass"));
+    rules.rule("pass", format_args!("iifname \"{tap}\" goto egress"));
+    rules.rule("pass", format_args!("iifname \"{link}\" goto ingress"));
+    rules.line(format_args!("add chain ip {TABLE} judge"));
+    let never = NOT_INTERNET.join(", ");
+    rules.rule("judge", format_args!("ct original ip daddr {{ {never} }} return"));
+    // Nothing rewrites the guest's destinations; were that to change, they would still be looked at.
+    rules.rule("judge", format_args!("iifname \"{tap}\" ip daddr {{ {never} }} return"));
+    for rule in &policy.deny {
+        rules.rule("judge", format_args!("{}return", condition(rule)));
+    }
+    for rule in &policy.allow {
+        rules.rule("judge", format_args!("{}goto pass", condition(rule)));
+    }
+    if policy.allow_internet {
+        rules.rule("judge", format_args!("goto pass"));
+    }
+}
+
+/// What of a connection a rule looks at, followed by a space where it is anything.
+fn condition(rule: &Rule) -> String {
+    let mut text = String::new();
+    if rule.prefix > 0 {
+        text.push_str(&format!("ct original ip daddr {}/{} ", rule.address, rule.prefix));
+    }
+    match (rule.protocol, rule.ports) {
+        (Protocol::Any, None) => {}
+        (Protocol::Any, Some(_)) => text.push_str("ct original protocol { tcp, udp } "),
+        (Protocol::Tcp, _) => text.push_str("ct original protocol tcp "),
+        (Protocol::Udp, _) => text.push_str("ct original protocol udp "),
+        (Protocol::Icmp, _) => text.push_str("ct original protocol icmp "),
+    }
+    match rule.ports {
+        None => {}
+        Some((first, last)) if first == last => text.push_str(&format!("ct original proto-dst {first} ")),
+        Some((first, last)) => text.push_str(&format!("ct original proto-dst {first}-{last} ")),
+    }
+    text
+}
+
+/// Drops what is over a limit and accepts the rest.
+fn limit_rules(rules: &mut Rules, chain: &str, limit: Limit) {
+    if limit.packets > 0 {
+        let (rate, burst) = (limit.packets, (limit.packets / BURST_DIVISOR).max(MIN_BURST_PACKETS));
+        let over = format_args!("limit rate over {rate}/second burst {burst} packets drop");
+        rules.rule(chain, over);
+    }
+    if limit.kbit > 0 {
+        let rate = u64::from(limit.kbit) * BYTES_PER_KBIT;
+        let burst = (rate / u64::from(BURST_DIVISOR)).max(MIN_BURST_BYTES);
+        let over = format_args!("limit rate over {rate} bytes/second burst {burst} bytes drop");
+        rules.rule(chain, over);
+    }
+    rules.rule(chain, format_args!("accept"));
 }
 
 /// A guest is told at once that it may not, instead of waiting for a timeout.
@@ -185,12 +255,12 @@ fn reject_rest(rules: &mut Rules, chain: &str) {
     rules.rule(chain, format_args!("iifname \"{tap}\" reject with icmp type admin-prohibited"));
 }
 
-fn nat_rules(rules: &mut Rules, slot: Slot, policy: Policy) {
+fn nat_rules(rules: &mut Rules, slot: Slot, policy: &Policy) {
     let link = GUEST_LINK_NAME;
     rules.chain("prerouting", "nat hook prerouting priority dstnat;");
     let host_ip = slot.host_ip();
     rules.rule("prerouting", format_args!("iifname \"{link}\" ip daddr {host_ip} dnat to {GUEST_ADDRESS}"));
-    if policy.allow_internet {
+    if policy.lets_out() {
         let guest_link = slot.guest_link();
         rules.chain("postrouting", "nat hook postrouting priority srcnat;");
         rules.rule(
@@ -238,9 +308,9 @@ pub fn host_removal() -> String {
 }
 
 /// Forwards a capsule's link to the internet, or no longer. Either may be loaded more than once.
-pub fn host_element(slot: Slot, policy: Policy) -> String {
+pub fn host_element(slot: Slot, lets_out: bool) -> String {
     let element = format!("element inet {TABLE} internet {{ \"{}\" }}\n", slot.host_link_name());
-    if policy.allow_internet {
+    if lets_out {
         format!("add {element}")
     } else {
         // Deleting what is not there is an error; adding what is there is none.
@@ -308,7 +378,7 @@ mod tests {
     use super::*;
 
     fn rules(allow_internet: bool) -> String {
-        capsule_rules(slot::FIRST, Policy { allow_internet })
+        capsule_rules(slot::FIRST, &Policy::internet(allow_internet))
     }
 
     fn accepting(rules: &str, chain: &str) -> usize {
@@ -333,18 +403,19 @@ mod tests {
     fn without_internet_there_is_no_way_out_but_answers_to_the_host() {
         let closed = rules(false);
         assert!(!closed.contains("snat"));
-        assert!(!closed.contains("ip daddr !="));
+        assert!(!closed.contains("goto") && !closed.contains("jump"));
         assert_eq!(accepting(&closed, "forward"), 2);
         assert_eq!(accepting(&closed, "input"), 3);
         let open = rules(true);
-        assert_eq!(accepting(&open, "forward"), 4);
+        assert_eq!(accepting(&open, "forward"), 2);
         assert!(open.contains("oifname \"eth0\" ip saddr 169.254.0.21 snat to 10.12.0.3"));
     }
 
     #[test]
     fn private_networks_stay_closed_with_internet() {
         let line = rules(true);
-        let line = line.lines().find(|l| l.contains("ip daddr !=")).unwrap_or_default();
+        let line = line.lines().find(|l| l.contains("judge ct original ip daddr")).unwrap_or_default();
+        assert!(line.ends_with(" return"), "{line}");
         for network in NOT_INTERNET {
             assert!(line.contains(network), "{network}");
         }
@@ -372,13 +443,76 @@ mod tests {
     #[test]
     fn a_link_is_let_out_and_shut_in_again() {
         let slot = slot::FIRST;
+        assert_eq!(host_element(slot, true), "add element inet wrenn internet { \"wrenn-1\" }\n");
         assert_eq!(
-            host_element(slot, Policy { allow_internet: true }),
-            "add element inet wrenn internet { \"wrenn-1\" }\n"
-        );
-        assert_eq!(
-            host_element(slot, Policy::default()),
+            host_element(slot, false),
             "add element inet wrenn internet { \"wrenn-1\" }\ndelete element inet wrenn internet { \"wrenn-1\" }\n"
         );
+    }
+
+    fn lines_of<'a>(rules: &'a str, chain: &str) -> Vec<&'a str> {
+        let start = format!("add rule ip {TABLE} {chain} ");
+        rules.lines().filter_map(|l| l.strip_prefix(&start)).collect()
+    }
+
+    #[test]
+    fn deny_comes_before_allow_and_both_before_the_rest() {
+        let list = |rules: &[&str]| rules.iter().map(|r| r.parse().expect("a rule")).collect();
+        let policy = Policy {
+            deny: list(&["any 8.8.0.0/16", "udp 0.0.0.0/0 53-53"]),
+            allow: list(&["tcp 9.0.0.0/8 80-443", "any 1.1.1.1/32 7-7", "icmp 0.0.0.0/0"]),
+            ..Policy::OPEN
+        };
+        let rules = capsule_rules(slot::FIRST, &policy);
+        assert_eq!(
+            lines_of(&rules, "judge")[2..],
+            [
+                "ct original ip daddr 8.8.0.0/16 return",
+                "ct original protocol udp ct original proto-dst 53 return",
+                "ct original ip daddr 9.0.0.0/8 ct original protocol tcp ct original proto-dst 80-443 goto pass",
+                "ct original ip daddr 1.1.1.1/32 ct original protocol { tcp, udp } ct original proto-dst 7 goto pass",
+                "ct original protocol icmp goto pass",
+                "goto pass",
+            ]
+        );
+        let closed = capsule_rules(slot::FIRST, &Policy { allow_internet: false, ..policy });
+        assert!(!lines_of(&closed, "judge").contains(&"goto pass"));
+    }
+
+    #[test]
+    fn limits_are_rates_with_a_burst() {
+        let policy = Policy {
+            egress: Limit { kbit: 10_000, packets: 0 },
+            ingress: Limit { kbit: 16, packets: 1_000 },
+            ..Policy::OPEN
+        };
+        let rules = capsule_rules(slot::FIRST, &policy);
+        assert_eq!(
+            lines_of(&rules, "egress"),
+            ["limit rate over 1250000 bytes/second burst 125000 bytes drop", "accept"]
+        );
+        assert_eq!(
+            lines_of(&rules, "ingress"),
+            [
+                "limit rate over 1000/second burst 100 packets drop",
+                "limit rate over 2000 bytes/second burst 65536 bytes drop",
+                "accept"
+            ]
+        );
+    }
+
+    #[test]
+    fn the_largest_policy_is_one_transaction() {
+        use super::super::policy::{MAX_KBIT, MAX_PACKETS, MAX_RULES};
+        let rule: Rule = "any 123.123.123.123/32 10000-65535".parse().expect("a rule");
+        let limit = Limit { kbit: MAX_KBIT, packets: MAX_PACKETS };
+        let policy = Policy {
+            allow: vec![rule; MAX_RULES],
+            deny: vec![rule; MAX_RULES],
+            egress: limit,
+            ingress: limit,
+            ..Policy::OPEN
+        };
+        assert!(capsule_rules(slot::LAST, &policy).len() < MAX_RULES_BYTES);
     }
 }

@@ -2,7 +2,7 @@
 //! internet.
 
 use super::error::NetError;
-use super::firewall::{self, FirewallError, Policy};
+use super::firewall::{self, FirewallError};
 use super::slot::Slot;
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -70,20 +70,20 @@ fn open_lock() -> Result<File, NetError> {
 
 /// Puts the table in place if another agent has removed it, and lets a capsule's link out to the internet
 /// if its policy says so.
-pub(super) fn admit(slot: Slot, policy: Policy) -> Result<(), NetError> {
+pub(super) fn admit(slot: Slot, lets_out: bool) -> Result<(), NetError> {
     // Asking first: the kernel takes five times as long to replace rules as to add some.
     if !is_installed()? {
         firewall::load(&firewall::host_rules(), None)?;
     }
-    if policy.allow_internet {
-        firewall::load(&firewall::host_element(slot, policy), None)?;
+    if lets_out {
+        firewall::load(&firewall::host_element(slot, true), None)?;
     }
     Ok(())
 }
 
 /// Takes a capsule's link out of the set of links with internet.
 pub(super) fn shut_in(slot: Slot) -> Result<(), NetError> {
-    match firewall::load(&firewall::host_element(slot, Policy::default()), None) {
+    match firewall::load(&firewall::host_element(slot, false), None) {
         // Where the table is not in place there is no set to be in.
         Err(FirewallError::Refused { .. }) if !is_installed()? => Ok(()),
         other => Ok(other?),

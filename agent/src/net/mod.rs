@@ -10,7 +10,7 @@
 //! - [`netlink`], [`link`]: links, addresses, routes and neighbours
 //! - [`netns`]: named namespaces and work inside them
 //! - [`tap`]: the guest's cable
-//! - [`firewall`]: what may pass
+//! - [`policy`]: what a capsule may reach; [`firewall`]: the rules that see to it
 //! - [`capsule`]: all of this for one capsule; [`host`]: what all capsules share
 //! - [`metadata`]: the metadata service's protocol
 
@@ -23,13 +23,15 @@ mod mac;
 pub mod metadata;
 pub mod netlink;
 pub mod netns;
+pub mod policy;
 pub mod slot;
 pub mod tap;
 
-pub use capsule::{CapsuleNetwork, destroy_remains, existing_slots};
+pub use capsule::{CapsuleNetwork, PolicyHandle, destroy_remains, existing_slots};
 pub use error::NetError;
-pub use firewall::{FirewallError, Policy};
+pub use firewall::FirewallError;
 pub use mac::MacAddress;
+pub use policy::{Policy, PolicyError};
 pub use slot::{Slot, SlotAllocator};
 pub use tap::Tap;
 
