@@ -3,8 +3,9 @@
 //! A turn of the loop: wait for readiness, a worker's report or a timer; feed what came to the state
 //! machine that it belongs to; do what that says; move bytes on every session that was touched.
 
-use crate::capsule::lifecycle::{Action, Event as LifeEvent};
-use crate::capsule::{Capsule, CapsuleKey, CapsuleTimer, GuestLink, Source as CapsuleSource};
+use crate::capsule::failure::Failure;
+use crate::capsule::lifecycle::{Action, Event as LifeEvent, Goal};
+use crate::capsule::{Capsule, CapsuleKey, CapsuleTimer, GuestLink, LeftPaused, Source as CapsuleSource};
 use crate::context::{Context, PeerId, Report, Source, TimerKey, random_bytes};
 use crate::registration::Registration;
 use crate::service::Peer;
@@ -14,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::time::Duration;
 use wire::auth::Verifier;
-use wire::message::{Code, Done};
+use wire::message::{CapsuleState, Code, Done};
 use wire::reactor::sys::signals::Signals;
 use wire::session::StreamId;
 
@@ -122,6 +123,20 @@ impl Agent {
         })
     }
 
+    /// Takes over the paused capsules that an agent before this one has left.
+    pub fn take_over(&mut self, paused: Vec<LeftPaused>) {
+        for left in paused {
+            let id = left.record.capsule_id.clone();
+            let known = left.record.spec(self.ctx.host.create_deadline_ms);
+            let (Some(known), Ok(directory)) = (known, self.ctx.host.layout.capsule(&id)) else {
+                log::error!("capsule {id}: paused, but its record lacks what is needed to resume it");
+                continue;
+            };
+            let now_ms = self.ctx.now_ms();
+            self.insert_capsule(|key| Capsule::left_paused(key, known, directory, left, now_ms));
+        }
+    }
+
     /// Runs until a signal has ended it.
     ///
     /// # Errors
@@ -152,7 +167,7 @@ impl Agent {
                 self.on_timer(timer);
             }
             self.pump_all();
-            if self.stopping && self.capsules.is_empty() {
+            if self.stopping && self.capsules.values().all(|c| c.state() == CapsuleState::Paused) {
                 self.outcome = Some(Outcome::Clean);
             }
             if let Some(outcome) = self.outcome {
@@ -231,7 +246,10 @@ impl Agent {
                 log::info!("signal {signal}: already shutting down");
                 continue;
             }
-            log::info!("signal {signal}: destroying {} capsules, then ending", self.capsules.len());
+            log::info!(
+                "signal {signal}: destroying what runs of {} capsules, then ending",
+                self.capsules.len()
+            );
             self.stopping = true;
             let at = self.ctx.now_ms() + SHUTDOWN_TIMEOUT_MS;
             self.ctx.timers.set(TimerKey::Shutdown, at);
@@ -241,7 +259,12 @@ impl Agent {
             }
             let keys: Vec<CapsuleKey> = self.capsules.keys().copied().collect();
             for key in keys {
-                self.apply(key, LifeEvent::Shutdown);
+                let Some(capsule) = self.capsules.get(&key) else { continue };
+                // What is paused, or on its way there, stays on disk for the next start.
+                let is_kept = capsule.lifecycle.has_image() || capsule.lifecycle.goal() == Goal::Paused;
+                let event =
+                    if is_kept { LifeEvent::Deadline(Failure::ShuttingDown) } else { LifeEvent::Shutdown };
+                self.apply(key, event);
             }
         }
     }
@@ -254,7 +277,7 @@ impl Agent {
                     log::error!("a report came for a capsule that is forgotten");
                     return;
                 };
-                if let Some(event) = capsule.on_report(&mut self.ctx, report) {
+                for event in capsule.on_report(&mut self.ctx, report) {
                     self.apply(key, event);
                 }
             }
@@ -290,7 +313,8 @@ impl Agent {
             }
             TimerKey::Shutdown => {
                 log::error!("{} capsules are left after the time for shutting down", self.capsules.len());
-                self.outcome = Some(Outcome::Remains(self.capsules.len()));
+                let left = self.capsules.values().filter(|c| c.state() != CapsuleState::Paused).count();
+                self.outcome = Some(Outcome::Remains(left));
             }
             TimerKey::Capsule(key, timer) => self.on_capsule_timer(key, timer, now_ms),
         }
@@ -319,6 +343,10 @@ impl Agent {
                 }
             }
             CapsuleTimer::Metadata => capsule.on_metadata_timer(&mut self.ctx),
+            CapsuleTimer::Prepare => {
+                log::warn!("capsule {}: its guest did not get ready to be saved in time", capsule.spec.id);
+                capsule.on_prepared(&mut self.ctx);
+            }
         }
     }
 
@@ -337,9 +365,16 @@ impl Agent {
         let Some(capsule) = self.capsules.get_mut(&key) else { return };
         let had_guest = capsule.is_connecting();
         let actions = capsule.handle(&mut self.ctx, event);
+        let goal = capsule.lifecycle.goal();
         if had_guest && !capsule.is_connecting() {
-            self.reset_forwards(key, Code::NotFound, "the capsule is being destroyed");
+            match goal {
+                Goal::Paused => self.reset_forwards(key, Code::InvalidState, "the capsule was paused"),
+                _ => self.reset_forwards(key, Code::NotFound, "the capsule is being destroyed"),
+            }
         }
+        // The event may have left something to be sent, or a machine with something to say.
+        self.mark(Dirty::Guest(key));
+        self.mark(Dirty::Machine(key));
         for action in actions {
             self.do_action(key, action);
         }
@@ -364,6 +399,26 @@ impl Agent {
                     self.answer(waiter, &failure.to_error());
                 }
             }
+            Action::Finished(work) => {
+                log::info!("capsule {id}: {} after {elapsed_ms} ms", work.done());
+                let caller = capsule.caller.take();
+                let info = capsule.info(&self.ctx);
+                if let Some(caller) = caller {
+                    self.answer(caller, &info);
+                }
+            }
+            Action::Failed(work, failure) => {
+                let state = capsule.state();
+                log::warn!("capsule {id}: not {}: {failure}", work.done());
+                if let Some(caller) = capsule.caller.take() {
+                    let text = match state {
+                        CapsuleState::Running => format!("{failure}; it runs on"),
+                        CapsuleState::Paused => format!("{failure}; it is still paused"),
+                        _ => failure.to_string(),
+                    };
+                    self.answer_error(caller, failure.code(), text);
+                }
+            }
             Action::Destroyed => {
                 log::info!("capsule {id}: destroyed");
                 for waiter in std::mem::take(&mut capsule.destroyers) {
@@ -386,7 +441,11 @@ impl Agent {
                 self.ids.remove(&id);
                 self.capsules.remove(&key);
             }
-            Action::Make(_) | Action::Remove(_) | Action::RetryAfter(_) => {
+            Action::Make(_)
+            | Action::Remove(_)
+            | Action::RetryAfter(_)
+            | Action::Save
+            | Action::MakeSnapshot => {
                 unreachable!("the capsule does these itself")
             }
         }

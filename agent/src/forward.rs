@@ -88,7 +88,13 @@ impl Agent {
                 peer.streams.remove(&stream);
             }
             // The answer is still to come on the other half.
-            Some(StreamUse::Creating(_) | StreamUse::Destroying(_) | StreamUse::Listing(_)) | None => {}
+            Some(
+                StreamUse::Creating(_)
+                | StreamUse::Calling(_)
+                | StreamUse::Destroying(_)
+                | StreamUse::Listing(_),
+            )
+            | None => {}
         }
     }
 

@@ -2,8 +2,8 @@
 
 use crate::agent::{Agent, Dirty, MAX_CAPSULES};
 use crate::capsule::failure::Failure;
-use crate::capsule::lifecycle::{Event as LifeEvent, Part};
-use crate::capsule::spec::Reserved;
+use crate::capsule::lifecycle::{Event as LifeEvent, Part, Work};
+use crate::capsule::spec::{self, MAX_DEADLINE_MS, Reserved};
 use crate::capsule::{Capsule, CapsuleKey, CapsuleTimer, MAX_WAITERS, Spec};
 use crate::context::{PeerId, TimerKey};
 use crate::forward::Forward;
@@ -13,8 +13,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use wire::codec::DecodeError;
 use wire::message::{
-    self as message, CapsuleCreate, CapsuleDestroy, CapsuleGet, CapsuleList, CapsuleState, Code, Done,
-    Health, HealthReply, HostStatus, HostStatusReply, Message,
+    self as message, CapsuleCreate, CapsuleDestroy, CapsuleGet, CapsuleList, CapsulePause, CapsuleResume,
+    CapsuleState, Code, Done, Health, HealthReply, HostStatus, HostStatusReply, Message,
 };
 use wire::reactor::Link;
 use wire::session::{Event, SendError, StreamId};
@@ -39,6 +39,8 @@ pub struct Peer {
 pub enum StreamUse {
     /// It waits for a capsule to run.
     Creating(CapsuleKey),
+    /// It waits for a capsule to be paused, resumed or made a snapshot of.
+    Calling(CapsuleKey),
     /// It waits for a capsule to be gone.
     Destroying(CapsuleKey),
     /// It is to go on into a capsule and its first message has not come.
@@ -91,6 +93,8 @@ impl Agent {
             HostStatus::KIND => HostStatus::decode(body).map(|_| self.on_host_status(waiter)),
             CapsuleCreate::KIND => CapsuleCreate::decode(body).map(|m| self.on_create(waiter, &m)),
             CapsuleDestroy::KIND => CapsuleDestroy::decode(body).map(|m| self.on_destroy(waiter, &m)),
+            CapsulePause::KIND => CapsulePause::decode(body).map(|m| self.on_pause(waiter, &m)),
+            CapsuleResume::KIND => CapsuleResume::decode(body).map(|m| self.on_resume(waiter, &m)),
             CapsuleGet::KIND => CapsuleGet::decode(body).map(|m| self.on_get(waiter, &m)),
             CapsuleList::KIND => CapsuleList::decode(body).map(|_| self.on_list(waiter)),
             message::Forward::KIND => message::Forward::decode(body).map(|m| self.on_forward(waiter, &m)),
@@ -206,6 +210,61 @@ impl Agent {
         self.apply(key, LifeEvent::Destroy);
     }
 
+    fn on_pause(&mut self, waiter: (PeerId, StreamId), request: &CapsulePause) {
+        let Some(key) = self.find(waiter, &request.capsule_id) else { return };
+        if let Err((code, text)) = self.begin_work(waiter, key, Work::Pause) {
+            self.answer_error(waiter, code, text);
+        }
+    }
+
+    fn on_resume(&mut self, waiter: (PeerId, StreamId), request: &CapsuleResume) {
+        let Some(key) = self.find(waiter, &request.capsule_id) else { return };
+        let deadline_ms = match request.deadline_ms {
+            0 => self.ctx.host.create_deadline_ms,
+            asked => u64::from(asked.min(MAX_DEADLINE_MS)),
+        };
+        if let Some(capsule) = self.capsules.get_mut(&key) {
+            capsule.spec.deadline_ms = deadline_ms;
+        }
+        match self.begin_work(waiter, key, Work::Resume) {
+            Ok(()) => {
+                let at = self.ctx.now_ms() + deadline_ms;
+                self.ctx.timers.set(TimerKey::Capsule(key, CapsuleTimer::Deadline), at);
+            }
+            Err((code, text)) => self.answer_error(waiter, code, text),
+        }
+    }
+
+    /// Begins what a stream then waits for, where the capsule's state and the host allow it.
+    fn begin_work(
+        &mut self,
+        waiter: (PeerId, StreamId),
+        key: CapsuleKey,
+        work: Work,
+    ) -> Result<(), (Code, String)> {
+        if self.is_stopping() {
+            return Err((Code::ShuttingDown, "the host agent is shutting down; try again".into()));
+        }
+        let reserved = self.reserved();
+        let now_ms = self.ctx.now_ms();
+        let Some(capsule) = self.capsules.get_mut(&key) else { return Ok(()) };
+        capsule.lifecycle.check(work).map_err(|text| (Code::InvalidState, text))?;
+        let event = match work {
+            Work::Pause => LifeEvent::Pause,
+            Work::Snapshot => LifeEvent::Snapshot,
+            Work::Resume => {
+                spec::readmit(&capsule.spec, &self.ctx.host, reserved)
+                    .map_err(|e| (Code::ResourceExhausted, e.to_string()))?;
+                LifeEvent::Resume
+            }
+        };
+        capsule.caller = Some(waiter);
+        capsule.begun_ms = now_ms;
+        self.use_stream(waiter, StreamUse::Calling(key));
+        self.apply(key, event);
+        Ok(())
+    }
+
     fn on_get(&mut self, waiter: (PeerId, StreamId), request: &CapsuleGet) {
         let Some(key) = self.find(waiter, &request.capsule_id) else { return };
         if let Some(info) = self.capsules.get(&key).map(|c| c.info(&self.ctx)) {
@@ -270,6 +329,7 @@ impl Agent {
         if let Some(greeting) = capsule.on_greeting_event(&event) {
             match greeting {
                 Greeting::Pending => {}
+                Greeting::Prepared => capsule.on_prepared(&mut self.ctx),
                 Greeting::Welcome => {
                     self.apply(key, LifeEvent::Made(Part::Guest));
                 }
@@ -326,7 +386,14 @@ impl Agent {
         if capsule.state() == CapsuleState::Running {
             log::warn!("capsule {}: lost the guest daemon: {reason}", capsule.spec.id);
         }
-        capsule.retry_guest(&mut self.ctx, reason);
+        match capsule.state() {
+            // Nobody needs it now; after a snapshot it is looked for again.
+            CapsuleState::Pausing | CapsuleState::Snapshotting => {
+                capsule.drop_guest(&mut self.ctx);
+                capsule.on_prepared(&mut self.ctx);
+            }
+            _ => capsule.retry_guest(&mut self.ctx, reason),
+        }
         self.apply(key, LifeEvent::GuestLost);
         self.mark(Dirty::Guest(key));
     }

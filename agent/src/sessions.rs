@@ -174,6 +174,12 @@ impl Agent {
                     self.apply(key, LifeEvent::Cancel);
                 }
             }
+            StreamUse::Calling(key) => {
+                // What was begun is finished all the same.
+                if let Some(capsule) = self.capsules.get_mut(&key) {
+                    capsule.caller = None;
+                }
+            }
             StreamUse::Destroying(key) => {
                 if let Some(capsule) = self.capsules.get_mut(&key) {
                     capsule.destroyers.retain(|w| *w != (id, stream));

@@ -9,7 +9,7 @@ use crate::cp_client::HostFacts;
 use crate::disk::dm::guard::Guard;
 use crate::disk::{Backend, DiskError};
 use crate::layout::{Layout, LayoutError, Lock};
-use crate::net::{NetError, SlotAllocator, existing_slots, host};
+use crate::net::{NetError, Slot, SlotAllocator, existing_slots, host};
 use crate::registration::{self, Credentials, CredentialsError, Registration};
 use crate::sys::resources;
 use crate::vmm::VmmError;
@@ -156,7 +156,9 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
         Backend::Reflink | Backend::Overlay => None,
     };
     host::install(true)?;
-    let slots = free_slots(&config, &cleared.left)?;
+    let paused = cleared.paused;
+    let kept = paused.iter().map(|left| left.slot).chain(cleared.left.iter().filter_map(|(_, slot)| *slot));
+    let slots = free_slots(&config, kept)?;
     let listener = TcpListener::bind(config.listen_address).map_err(system(format!(
         "listening on {} (set WRENN_HOST_LISTEN_ADDR to another address)",
         config.listen_address
@@ -196,6 +198,7 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
     let context = Context::new(host, registry, workers, slots);
     let parts = Parts { context, poll, listener, signals, registration, verifier };
     let mut agent = Agent::new(parts).map_err(system("watching the listener and signals"))?;
+    agent.take_over(paused);
     let outcome = agent.run().map_err(system("the event loop"))?;
     match host::remove_if_unused() {
         Ok(_) => {}
@@ -206,14 +209,11 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
 }
 
 /// The slots of this agent but for those that something on the host has already.
-fn free_slots(
-    config: &Config,
-    left: &[(String, Option<crate::net::Slot>)],
-) -> Result<SlotAllocator, StartError> {
+fn free_slots(config: &Config, kept: impl Iterator<Item = Slot>) -> Result<SlotAllocator, StartError> {
     let (first, last) = config.slots;
     let mut slots = SlotAllocator::new(first, last);
     let taken = existing_slots().map_err(system("listing the host's links"))?;
-    for slot in taken.into_iter().chain(left.iter().filter_map(|(_, slot)| *slot)) {
+    for slot in taken.into_iter().chain(kept) {
         slots.reserve(slot);
     }
     Ok(slots)

@@ -84,6 +84,7 @@ impl Capsule {
             uid: FIRST_UID + self.network.slot().index(),
             gid: FIRST_UID + self.network.slot().index(),
             directory: self.directory.0.clone(),
+            restore: None,
         }
     }
 

@@ -2,8 +2,9 @@
 //! whose report comes back as an event.
 
 use super::failure::Failure;
-use super::lifecycle::{Event, Part};
+use super::lifecycle::{Event, Goal, Part};
 use super::machine::{KILL_TIMEOUT_MS, MachineFailure};
+use super::saving::{RestoreReport, SaveReport};
 use super::{Capsule, CapsuleTimer, FIRST_UID, GuestLink, MIB, Source, record};
 use crate::context::{Context, Report, Source as LoopSource, TimerKey};
 use crate::disk::{self, Disk, DiskError, DiskSpec};
@@ -26,13 +27,19 @@ pub enum CapsuleReport {
     /// The disk is there.
     DiskMade(Result<Box<dyn Disk>, DiskError>),
     /// The machine runs and its record is written.
-    MachineMade(Result<Machine, MachineFailure>),
+    MachineMade(Result<Box<Machine>, MachineFailure>),
     /// The network is gone.
     NetworkRemoved(Result<(), NetError>),
     /// The disk is gone.
     DiskRemoved(Result<(), DiskError>),
     /// The directory is gone.
     RecordRemoved(io::Result<()>),
+    /// The machine is saved, or its guest runs on.
+    Saved(Box<SaveReport>),
+    /// There was no machine to save any more.
+    NotSaved,
+    /// The machine goes on from its image, or the capsule is still paused.
+    Restored(Box<RestoreReport>),
 }
 
 /// Why there is no network.
@@ -158,8 +165,15 @@ impl Capsule {
         }
     }
 
-    /// Takes a job's report.
-    pub fn on_report(&mut self, ctx: &mut Context, report: CapsuleReport) -> Option<Event> {
+    /// Takes a job's report. The events are in their order.
+    pub fn on_report(&mut self, ctx: &mut Context, report: CapsuleReport) -> Vec<Event> {
+        if let CapsuleReport::Saved(report) = report {
+            return self.on_saved(ctx, *report);
+        }
+        self.on_other_report(ctx, report).into_iter().collect()
+    }
+
+    fn on_other_report(&mut self, ctx: &mut Context, report: CapsuleReport) -> Option<Event> {
         let elapsed = ctx.now_ms() - self.begun_ms;
         log::debug!("capsule {}: {} after {elapsed} ms", self.spec.id, report.name());
         match report {
@@ -168,21 +182,31 @@ impl Capsule {
             CapsuleReport::DiskMade(result) => Some(match result {
                 Ok(disk) => {
                     self.disk_mb = u32::try_from(disk.virtual_bytes().div_ceil(MIB)).unwrap_or(u32::MAX);
+                    self.record.kept.disk_mb = self.disk_mb;
                     self.disk = Some(disk);
                     Event::Made(Part::Disk)
                 }
                 Err(e) => make_failed(Part::Disk, e),
             }),
-            CapsuleReport::MachineMade(result) => Some(self.on_machine_made(ctx, result)),
+            CapsuleReport::MachineMade(result) => {
+                Some(self.on_machine_made(ctx, result.map(|machine| *machine)))
+            }
             CapsuleReport::NetworkRemoved(result) => Some(match result {
                 Ok(()) => {
-                    self.free_slot(ctx);
+                    // A paused capsule keeps its addresses.
+                    if self.lifecycle.goal() == Goal::Down {
+                        self.free_slot(ctx);
+                    }
                     Event::Removed(Part::Network)
                 }
                 Err(e) => remove_failed(Part::Network, e),
             }),
             CapsuleReport::DiskRemoved(result) => Some(removed(Part::Disk, result)),
             CapsuleReport::RecordRemoved(result) => Some(removed(Part::Record, result)),
+            CapsuleReport::Saved(_) | CapsuleReport::NotSaved => {
+                Some(Event::SaveFailed(Failure::Save("the virtual machine has ended".into())))
+            }
+            CapsuleReport::Restored(report) => Some(self.on_restored(ctx, *report)),
         }
     }
 
@@ -208,7 +232,7 @@ impl Capsule {
                 Some(Event::Made(Part::Network))
             }
             Err(NetworkFailure::Net(NetError::NameTaken { name }))
-                if self.network_attempts < MAX_NETWORK_ATTEMPTS =>
+                if self.network_attempts < MAX_NETWORK_ATTEMPTS && !self.lifecycle.has_image() =>
             {
                 // The slot stays allocated: whoever has it is not ours to disturb.
                 log::warn!("capsule {}: {name} is somebody else's, trying another slot", self.spec.id);
@@ -224,7 +248,10 @@ impl Capsule {
                 }
             }
             Err(e) => {
-                self.free_slot(ctx);
+                // A paused capsule's guest knows the addresses that go with its slot.
+                if !self.lifecycle.has_image() {
+                    self.free_slot(ctx);
+                }
                 Some(make_failed(Part::Network, e))
             }
         }
@@ -314,6 +341,9 @@ impl CapsuleReport {
             CapsuleReport::NetworkRemoved(_) => "network removed",
             CapsuleReport::DiskRemoved(_) => "disk removed",
             CapsuleReport::RecordRemoved(_) => "record removed",
+            CapsuleReport::Saved(_) => "saved",
+            CapsuleReport::NotSaved => "not saved",
+            CapsuleReport::Restored(_) => "restored",
         }
     }
 }

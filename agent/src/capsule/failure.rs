@@ -21,6 +21,8 @@ pub enum Failure {
         /// Why, with step, path and errno.
         reason: String,
     },
+    /// It could not be saved, or no snapshot of it be made; why, with step, path and errno.
+    Save(String),
     /// The machine's process ended by itself.
     MachineEnded(String),
     /// The guest powered itself off.
@@ -51,7 +53,7 @@ impl Failure {
     /// The error code that the far end gets.
     pub fn code(&self) -> Code {
         match self {
-            Failure::Make { .. } | Failure::Remove { .. } => Code::Internal,
+            Failure::Make { .. } | Failure::Remove { .. } | Failure::Save(_) => Code::Internal,
             Failure::MachineEnded(_) | Failure::ShutDownByGuest(_) => Code::Unavailable,
             Failure::Deadline { .. } => Code::DeadlineExceeded,
             Failure::Cancelled | Failure::Destroyed => Code::Cancelled,
@@ -72,6 +74,7 @@ impl fmt::Display for Failure {
             Failure::Remove { part, reason } => {
                 write!(f, "the {} could not be removed: {reason}; destroy it again", part.name())
             }
+            Failure::Save(reason) => write!(f, "the capsule could not be saved: {reason}"),
             Failure::MachineEnded(how) => write!(f, "the virtual machine ended: {how}"),
             Failure::ShutDownByGuest(how) => write!(f, "the guest shut itself down: {how}"),
             Failure::Deadline { waiting_for, after_ms, detail } => write!(

@@ -65,6 +65,8 @@ pub enum Greeting {
     Pending,
     /// It is well and knows what it needs.
     Welcome,
+    /// It is ready to be saved, or will not get any readier.
+    Prepared,
     /// It refused, and why.
     Refused(String),
 }
@@ -203,6 +205,7 @@ impl Capsule {
 
     /// Takes an event of one of the greeting's streams; `None` when it is of another.
     pub fn on_greeting_event(&mut self, event: &Event) -> Option<Greeting> {
+        let preparing = self.preparing;
         let GuestLink::Up(guest) = &mut self.guest else { return None };
         let stream = match event {
             Event::Message { stream, .. }
@@ -212,6 +215,13 @@ impl Capsule {
             | Event::Reset { stream, .. } => *stream,
             _ => return None,
         };
+        if preparing == Some(stream) {
+            if let Event::Message { cost, .. } = event {
+                guest.link.session.release(stream, *cost);
+            }
+            // Whatever it says: it has had its chance.
+            return Some(Greeting::Prepared);
+        }
         let is_init = guest.init == Some(stream);
         if !is_init && guest.health != Some(stream) {
             return None;

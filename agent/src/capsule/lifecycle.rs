@@ -9,14 +9,29 @@
 //!
 //! ```text
 //!            Create             all parts present
-//!  pending ---------> starting -------------------> running
-//!     |                  |  failure, deadline,         |  Destroy, shutdown, machine exited
-//!     |                  v  cancelled, Destroy         v
+//!  pending ---------> starting -------------------> running <---------------+
+//!     |                  |  failure, deadline,       | |  ^                 |
+//!     |                  |  cancelled, Destroy       | |  | SnapshotDone,   | all parts present
+//!     |                  |                     Pause | |  | SnapshotFailed  |
+//!     |                  |                           | |  |                 |
+//!     |                  |                           | +- snapshotting      |
+//!     |                  |                 SaveFailed|                      |
+//!     |                  |                  (runs on)v   Saved   Resume     |
+//!     |                  |                      pausing -----> paused --> resuming
+//!     |                  |                           |            ^         |
+//!     |                  |                           |            +---------+ failure, deadline
+//!     |                  v   Destroy, shutdown, machine exited
 //!     +--------------> stopping  ------ all parts absent ------> stopped / error
 //! ```
 //!
-//! Pausing, paused, resuming, snapshotting and hibernated are states of the public API that this machine
-//! has no transition into; missing is what a control plane calls a capsule that no host knows.
+//! A paused capsule has its record, its disk and an image: its memory and the state of its devices, on
+//! disk. Three rules make pausing and resuming safe. The machine is removed only when the image is there
+//! (or the capsule is to go). The image is given up only when a machine that was made of it is there: from
+//! then on the machine writes to the disk, and the image fits the disk no more. And whoever asked gets
+//! exactly one answer. So a capsule whose resuming takes too long after that point is saved again.
+//!
+//! Every transition is tabled in `agent/LIFECYCLE.md`. Hibernated is a state of the public API that this
+//! machine has no transition into; missing is what a control plane calls a capsule that no host knows.
 
 use super::failure::Failure;
 use wire::message::CapsuleState;
@@ -97,9 +112,36 @@ pub enum Presence {
 pub enum Goal {
     /// All parts present.
     Up,
+    /// Saved on disk, with no machine, guest or network.
+    Paused,
     /// All parts absent.
     Down,
 }
+
+/// What somebody has asked for and waits for, once the capsule was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Work {
+    /// Pausing it.
+    Pause,
+    /// Resuming it.
+    Resume,
+    /// Making a snapshot of it.
+    Snapshot,
+}
+
+impl Work {
+    /// What the capsule is when it is done, for a person.
+    pub fn done(self) -> &'static str {
+        match self {
+            Work::Pause => "paused",
+            Work::Resume => "resumed",
+            Work::Snapshot => "made a snapshot of",
+        }
+    }
+}
+
+/// The parts that a paused capsule does not have, in the order of removing.
+const MOVING_PARTS: [Part; 3] = [Part::Guest, Part::Machine, Part::Network];
 
 /// What can happen to a capsule.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -126,6 +168,20 @@ pub enum Event {
     Deadline(Failure),
     /// Whoever asked for the capsule is gone or does not want it any more.
     Cancel,
+    /// It shall be saved and its machine ended. Ignored where [`Lifecycle::check`] says no.
+    Pause,
+    /// It shall go on. Ignored where [`Lifecycle::check`] says no.
+    Resume,
+    /// A snapshot of it shall be made. Ignored where [`Lifecycle::check`] says no.
+    Snapshot,
+    /// The image is on disk, and the guest stands still.
+    Saved,
+    /// There is no image; if its machine is there, the guest runs on.
+    SaveFailed(Failure),
+    /// The snapshot is made, and the guest runs on.
+    SnapshotMade,
+    /// There is no snapshot, and if its machine is there, the guest runs on.
+    SnapshotFailed(Failure),
     /// It shall go.
     Destroy,
     /// The agent is shutting down.
@@ -153,6 +209,15 @@ pub enum Action {
     Ended,
     /// Forget the capsule.
     Forget,
+    /// Write the image, then report `Saved` or `SaveFailed`.
+    Save,
+    /// Make the snapshot, then report `SnapshotMade` or `SnapshotFailed`.
+    MakeSnapshot,
+    /// Tell whoever asked for this that it is done.
+    Finished(Work),
+    /// Tell whoever asked for this that it failed. A failed pause or snapshot leaves the capsule running, a
+    /// failed resume paused, unless the failure is the capsule's end.
+    Failed(Work, Failure),
 }
 
 /// The state machine.
@@ -170,6 +235,14 @@ pub struct Lifecycle {
     remove_attempts: u32,
     /// Further tries have been given up until the next `Destroy`.
     gave_up: bool,
+    /// What is under way and has to be answered.
+    work: Option<Work>,
+    /// There is an image on disk that fits the disk.
+    image: bool,
+    /// The image or a snapshot is being written, which needs the machine, disk and record.
+    saving: bool,
+    /// Why resuming was given up.
+    resume_failure: Option<Failure>,
 }
 
 impl Default for Lifecycle {
@@ -190,7 +263,20 @@ impl Lifecycle {
             failure: None,
             remove_attempts: 0,
             gave_up: false,
+            work: None,
+            image: false,
+            saving: false,
+            resume_failure: None,
         }
+    }
+
+    /// A capsule that an earlier agent has left paused.
+    pub fn paused() -> Lifecycle {
+        let mut life = Lifecycle { goal: Goal::Paused, creating: false, was_ready: true, ..Lifecycle::new() };
+        life.image = true;
+        life.set(Part::Record, Presence::Present);
+        life.set(Part::Disk, Presence::Present);
+        life
     }
 
     /// How far a part is.
@@ -216,20 +302,51 @@ impl Lifecycle {
     /// Its state as the public API names it.
     pub fn state(&self) -> CapsuleState {
         let down = self.is_down();
-        match (self.goal, &self.failure) {
+        match (self.goal, self.work) {
+            (Goal::Up | Goal::Paused, _) if self.gave_up => CapsuleState::Error,
+            (Goal::Up | Goal::Paused, Some(Work::Resume)) => CapsuleState::Resuming,
+            (Goal::Up, Some(Work::Snapshot)) => CapsuleState::Snapshotting,
             (Goal::Up, _) if self.was_ready => CapsuleState::Running,
             (Goal::Up, _) if self.presence(Part::Record) != Presence::Present => CapsuleState::Pending,
             (Goal::Up, _) => CapsuleState::Starting,
-            (Goal::Down, _) if self.gave_up => CapsuleState::Error,
-            (Goal::Down, Some(failure)) if down && !failure.is_orderly() => CapsuleState::Error,
-            (Goal::Down, _) if down => CapsuleState::Stopped,
-            (Goal::Down, _) => CapsuleState::Stopping,
+            (Goal::Paused, None) => CapsuleState::Paused,
+            (Goal::Paused, Some(_)) => CapsuleState::Pausing,
+            (Goal::Down, _) => match &self.failure {
+                _ if self.gave_up => CapsuleState::Error,
+                Some(failure) if down && !failure.is_orderly() => CapsuleState::Error,
+                _ if down => CapsuleState::Stopped,
+                _ => CapsuleState::Stopping,
+            },
         }
+    }
+
+    /// Whether this may be asked for now; the error says why not, for a person.
+    pub fn check(&self, work: Work) -> Result<(), String> {
+        let state = self.state();
+        let wanted = match work {
+            Work::Pause | Work::Snapshot => CapsuleState::Running,
+            Work::Resume => CapsuleState::Paused,
+        };
+        if state == wanted {
+            return Ok(());
+        }
+        let (state, wanted) = (state.name(), wanted.name());
+        Err(format!("the capsule is {state}; only one that is {wanted} can be {}", work.done()))
+    }
+
+    /// Whether it has, or is about to have, a machine.
+    pub fn holds_machine(&self) -> bool {
+        self.goal == Goal::Up || MOVING_PARTS.iter().any(|p| self.presence(*p) != Presence::Absent)
+    }
+
+    /// Whether there is an image that the machine is to be made of.
+    pub fn has_image(&self) -> bool {
+        self.image
     }
 
     /// Whether nothing of it exists.
     pub fn is_down(&self) -> bool {
-        self.parts.iter().all(|p| *p == Presence::Absent)
+        !self.saving && self.parts.iter().all(|p| *p == Presence::Absent)
     }
 
     /// Takes an event and says what is to be done.
@@ -240,19 +357,26 @@ impl Lifecycle {
             Event::Made(part) => {
                 if self.presence(part) == Presence::Making {
                     self.set(part, Presence::Present);
+                    // A machine that was made of the image runs and writes to the disk.
+                    self.image &= part != Part::Machine;
                 }
             }
             Event::MakeFailed(part, failure) => {
                 self.set(part, Presence::Absent);
-                self.fail(failure);
+                if self.image && self.goal != Goal::Down {
+                    self.give_up_resume(failure);
+                } else {
+                    self.fail(failure, &mut actions);
+                }
             }
             Event::Removed(part) => self.set(part, Presence::Absent),
             Event::RemoveFailed(part, failure) => self.on_remove_failed(part, failure, &mut actions),
             Event::RetryDue => self.unstick(),
             Event::MachineExited(failure) => {
                 self.set(Part::Machine, Presence::Absent);
-                if self.goal == Goal::Up {
-                    self.fail(failure);
+                // Where it is being saved, what comes of that decides.
+                if self.goal != Goal::Down && !self.image && !self.saving {
+                    self.fail(failure, &mut actions);
                 }
             }
             Event::GuestLost => {
@@ -261,25 +385,67 @@ impl Lifecycle {
                 }
             }
             Event::GuestRefused(failure) | Event::Deadline(failure) => {
-                if self.creating && self.goal == Goal::Up {
-                    self.fail(failure);
+                if self.goal == Goal::Up && self.creating {
+                    self.fail(failure, &mut actions);
+                } else if self.goal == Goal::Up && self.work == Some(Work::Resume) {
+                    self.give_up_resume(failure);
                 }
             }
             Event::Cancel => {
                 if self.creating {
-                    self.fail(Failure::Cancelled);
+                    self.fail(Failure::Cancelled, &mut actions);
                 }
+            }
+            Event::Pause => {
+                if self.check(Work::Pause).is_ok() {
+                    self.goal = Goal::Paused;
+                    self.work = Some(Work::Pause);
+                    self.remove_attempts = 0;
+                }
+            }
+            Event::Resume => {
+                if self.check(Work::Resume).is_ok() {
+                    self.goal = Goal::Up;
+                    self.work = Some(Work::Resume);
+                    self.remove_attempts = 0;
+                }
+            }
+            Event::Snapshot => {
+                if self.check(Work::Snapshot).is_ok() {
+                    self.work = Some(Work::Snapshot);
+                    self.saving = true;
+                    actions.push(Action::MakeSnapshot);
+                }
+            }
+            Event::Saved => {
+                self.saving = false;
+                self.image = true;
+            }
+            Event::SaveFailed(failure) => self.on_not_saved(failure, &mut actions),
+            Event::SnapshotMade => {
+                self.saving = false;
+                if self.work.take().is_some() {
+                    actions.push(Action::Finished(Work::Snapshot));
+                }
+                self.look_for_machine(&mut actions);
+            }
+            Event::SnapshotFailed(failure) => {
+                self.saving = false;
+                if self.work.take().is_some() {
+                    actions.push(Action::Failed(Work::Snapshot, failure));
+                }
+                self.look_for_machine(&mut actions);
             }
             Event::Destroy => {
                 self.forget_when_down = true;
                 self.remove_attempts = 0;
                 self.gave_up = false;
                 self.unstick();
-                self.fail(Failure::Destroyed);
+                self.fail(Failure::Destroyed, &mut actions);
             }
             Event::Shutdown => {
                 self.forget_when_down = true;
-                self.fail(Failure::ShuttingDown);
+                self.fail(Failure::ShuttingDown, &mut actions);
             }
         }
         self.advance(&mut actions);
@@ -291,9 +457,42 @@ impl Lifecycle {
     }
 
     /// Turns the goal to down. The first reason is the one that counts.
-    fn fail(&mut self, failure: Failure) {
+    fn fail(&mut self, failure: Failure, actions: &mut Vec<Action>) {
         self.goal = Goal::Down;
+        if let Some(work) = self.work.take() {
+            actions.push(Action::Failed(work, failure.clone()));
+        }
         self.failure.get_or_insert(failure);
+    }
+
+    /// Back to paused; the answer is given once it is.
+    fn give_up_resume(&mut self, failure: Failure) {
+        self.goal = Goal::Paused;
+        self.resume_failure.get_or_insert(failure);
+    }
+
+    fn on_not_saved(&mut self, failure: Failure, actions: &mut Vec<Action>) {
+        self.saving = false;
+        if self.goal != Goal::Paused {
+            return;
+        }
+        if self.presence(Part::Machine) != Presence::Present {
+            self.fail(failure, actions);
+            return;
+        }
+        self.goal = Goal::Up;
+        let failure = self.resume_failure.take().unwrap_or(failure);
+        if let Some(work) = self.work.take() {
+            actions.push(Action::Failed(work, failure));
+        }
+    }
+
+    /// The machine may have ended while it was being saved.
+    fn look_for_machine(&mut self, actions: &mut Vec<Action>) {
+        if self.goal == Goal::Up && self.presence(Part::Machine) == Presence::Absent {
+            let text = "the virtual machine ended while a snapshot was made of it";
+            self.fail(Failure::MachineEnded(text.into()), actions);
+        }
     }
 
     fn unstick(&mut self) {
@@ -315,6 +514,9 @@ impl Lifecycle {
         } else if !self.gave_up {
             self.gave_up = true;
             self.creating = false;
+            if let Some(work) = self.work.take() {
+                actions.push(Action::Failed(work, failure.clone()));
+            }
             actions.push(Action::DestroyFailed(failure));
         }
     }
@@ -322,11 +524,16 @@ impl Lifecycle {
     fn advance(&mut self, actions: &mut Vec<Action>) {
         match self.goal {
             Goal::Up => self.advance_up(actions),
+            Goal::Paused => self.advance_paused(actions),
             Goal::Down => self.advance_down(actions),
         }
     }
 
     fn advance_up(&mut self, actions: &mut Vec<Action>) {
+        if self.saving {
+            // A machine that ends now is not made again.
+            return;
+        }
         for part in PARTS {
             let ready = part.needs().iter().all(|p| self.presence(*p) == Presence::Present);
             if ready && self.presence(part) == Presence::Absent {
@@ -339,10 +546,39 @@ impl Lifecycle {
             self.was_ready = true;
             actions.push(Action::Created);
         }
+        if self.work == Some(Work::Resume) && self.presence(Part::Guest) == Presence::Present {
+            self.work = None;
+            actions.push(Action::Finished(Work::Resume));
+        }
     }
 
-    fn advance_down(&mut self, actions: &mut Vec<Action>) {
-        for part in PARTS {
+    fn advance_paused(&mut self, actions: &mut Vec<Action>) {
+        if self.saving {
+            return;
+        }
+        if !self.image {
+            // One that is being made of an image will want to be saved again.
+            if self.presence(Part::Machine) == Presence::Present {
+                self.saving = true;
+                actions.push(Action::Save);
+            }
+            return;
+        }
+        self.remove_free(&MOVING_PARTS, actions);
+        if MOVING_PARTS.iter().any(|p| self.presence(*p) != Presence::Absent) {
+            return;
+        }
+        let failure = self.resume_failure.take();
+        actions.extend(match (self.work.take(), failure) {
+            (Some(work), Some(failure)) => Some(Action::Failed(work, failure)),
+            (Some(work), None) => Some(Action::Finished(work)),
+            (None, _) => None,
+        });
+    }
+
+    /// Removes those of the parts that are there and that nothing stands on.
+    fn remove_free(&mut self, parts: &[Part], actions: &mut Vec<Action>) {
+        for part in parts.iter().copied() {
             let free = part.carries().iter().all(|p| self.presence(*p) == Presence::Absent);
             // Connecting to the guest can take until the deadline and leaves nothing behind: it is
             // stopped at once. Everything else that is being made is waited for.
@@ -356,6 +592,14 @@ impl Lifecycle {
                 actions.push(Action::Remove(part));
             }
         }
+    }
+
+    fn advance_down(&mut self, actions: &mut Vec<Action>) {
+        if self.saving {
+            // What is being written needs what would be removed.
+            return;
+        }
+        self.remove_free(&PARTS, actions);
         if !self.is_down() {
             return;
         }

@@ -5,6 +5,7 @@ use super::failure::Failure;
 use super::lifecycle::{Event, Part};
 use super::metadata::MetadataService;
 use super::record::{ProcessRecord, Record};
+use super::saving::restore;
 use super::spec::command_line;
 use super::{Capsule, CapsuleTimer, Source};
 use crate::config::guest_name_server;
@@ -76,6 +77,7 @@ impl Capsule {
             uid: self.record.uid,
             gid: self.record.uid,
             directory: self.directory.clone(),
+            restore: None,
         };
         let namespace = network
             .namespace()
@@ -83,12 +85,16 @@ impl Capsule {
             .map_err(|e| format!("duplicating the namespace's descriptor: {e}"))?;
         let (qemu, directory) = (ctx.host.qemu.clone(), self.directory.clone());
         let mut record = self.record.clone();
+        if self.lifecycle.has_image() {
+            self.submit(ctx, move || restore(&qemu, spec, tap, namespace, record, &directory));
+            return Ok(());
+        }
         self.submit(ctx, move || {
             let started = qemu.start(&spec, tap, namespace.as_fd()).map_err(MachineFailure::Vmm);
             CapsuleReport::MachineMade(started.and_then(|machine| {
                 let (pid, start_ticks) = (machine.pid(), machine.start_ticks());
                 record.machine = Some(ProcessRecord { pid, start_ticks });
-                record_or_kill(machine, &record, &directory)
+                record_or_kill(machine, &record, &directory).map(Box::new)
             }))
         });
         Ok(())
@@ -106,7 +112,14 @@ impl Capsule {
                 return make_failed(Part::Machine, e);
             }
         };
+        self.watch_new_machine(ctx, machine);
+        Event::Made(Part::Machine)
+    }
+
+    /// Watches a machine that has just been started.
+    pub(super) fn watch_new_machine(&mut self, ctx: &mut Context, machine: Machine) {
         self.record.machine = Some(ProcessRecord { pid: machine.pid(), start_ticks: machine.start_ticks() });
+        self.shutdown_reason = None;
         let fds = [
             (machine.exit_fd(), Source::Exit),
             (machine.monitor_fd(), Source::Monitor),
@@ -124,7 +137,6 @@ impl Capsule {
         }
         // Its greeting may have come before anybody watched.
         self.pump_machine();
-        Event::Made(Part::Machine)
     }
 
     fn watch_machine(&mut self, ctx: &mut Context, fd: RawFd, source: Source) -> io::Result<()> {

@@ -5,6 +5,7 @@
 //! - [`spec`]: what was asked for, checked
 //! - `executor`: does what the state machine says, through worker jobs
 //! - `machine`: starting the virtual machine, watching it, and its end
+//! - `saving`: pausing it and letting it go on
 //! - `guest`: the way to the guest daemon
 //! - [`metadata`]: the guest's metadata service
 //! - [`record`]: what a capsule owns, on disk
@@ -20,9 +21,11 @@ pub mod spec;
 mod executor;
 mod guest;
 mod machine;
+mod saving;
 
 pub use executor::CapsuleReport;
 pub use guest::{Greeting, GuestLink, GuestSession};
+pub use recovery::LeftPaused;
 pub use spec::{Spec, SpecError};
 
 use crate::context::{Context, PeerId, TimerKey};
@@ -32,7 +35,7 @@ use crate::vmm::Machine;
 use lifecycle::{Action, Event, Lifecycle};
 use metadata::MetadataService;
 use mio::Token;
-use record::Record;
+use record::{Kept, Record};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use wire::message::{CapsuleInfo, CapsuleState};
@@ -80,6 +83,8 @@ pub enum CapsuleTimer {
     Retry,
     /// A metadata connection is too slow.
     Metadata,
+    /// The guest has had its time to get ready for being saved.
+    Prepare,
 }
 
 /// Somebody who waits for an answer: a stream of a control plane's session.
@@ -97,6 +102,8 @@ pub struct Capsule {
     pub guest: GuestLink,
     /// Who waits for it to run.
     pub creator: Option<Waiter>,
+    /// Who waits for it to be paused, resumed or made a snapshot of.
+    pub caller: Option<Waiter>,
     /// Who waits for it to be gone.
     pub destroyers: Vec<Waiter>,
     /// Streams of the guest session that belong to a control plane's stream.
@@ -119,11 +126,13 @@ pub struct Capsule {
     guest_attempts: u32,
     last_guest_error: String,
     envd_version: String,
+    preparing: Option<StreamId>,
 }
 
 impl Capsule {
     /// A capsule of which nothing exists yet, in `slot`.
     pub fn new(key: CapsuleKey, spec: Spec, directory: PathBuf, slot: Slot, now_ms: u64) -> Capsule {
+        let secret = crate::context::random_bytes::<32>().to_vec();
         let record = Record {
             version: record::VERSION,
             capsule_id: spec.id.clone(),
@@ -133,19 +142,53 @@ impl Capsule {
             uid: FIRST_UID + slot.index(),
             slot: None,
             machine: None,
+            image: None,
+            base: None,
+            generation: 0,
+            kept: Kept::new(&spec, &secret),
         };
+        Capsule::with(key, spec, directory, slot, now_ms, record, secret)
+    }
+
+    /// A capsule that an earlier agent has left paused.
+    pub fn left_paused(
+        key: CapsuleKey,
+        (spec, secret): (Spec, Vec<u8>),
+        directory: PathBuf,
+        left: LeftPaused,
+        now_ms: u64,
+    ) -> Capsule {
+        let LeftPaused { record, slot, disk } = left;
+        let mut capsule = Capsule::with(key, spec, directory, slot, now_ms, record, secret);
+        capsule.lifecycle = Lifecycle::paused();
+        capsule.disk_mb = u32::try_from(disk.virtual_bytes().div_ceil(MIB)).unwrap_or(u32::MAX);
+        capsule.disk = Some(disk);
+        capsule.envd_version = capsule.record.kept.envd_version.clone();
+        capsule
+    }
+
+    fn with(
+        key: CapsuleKey,
+        spec: Spec,
+        directory: PathBuf,
+        slot: Slot,
+        now_ms: u64,
+        record: Record,
+        secret: Vec<u8>,
+    ) -> Capsule {
         Capsule {
             key,
             spec,
             lifecycle: Lifecycle::new(),
             guest: GuestLink::Down,
             creator: None,
+            caller: None,
             destroyers: Vec::new(),
             forwards: BTreeMap::new(),
             begun_ms: now_ms,
             directory,
             record,
-            secret: crate::context::random_bytes::<32>().to_vec(),
+            secret,
             slot: Some(slot),
             network: None,
             network_attempts: 0,
@@ -159,6 +202,7 @@ impl Capsule {
             guest_attempts: 0,
             last_guest_error: String::new(),
             envd_version: String::new(),
+            preparing: None,
         }
     }
 
@@ -169,7 +213,7 @@ impl Capsule {
 
     /// Whether it holds memory and CPUs of the host.
     pub fn holds_resources(&self) -> bool {
-        !self.lifecycle.is_down()
+        self.lifecycle.holds_machine()
     }
 
     /// Feeds the state machine and does what it says as far as the capsule can by itself. The actions
@@ -184,9 +228,17 @@ impl Capsule {
                 match action {
                     Action::Make(part) => events.extend(self.make(ctx, part)),
                     Action::Remove(part) => events.extend(self.remove(ctx, part)),
+                    Action::Save => self.begin_save(ctx),
                     Action::RetryAfter(wait_ms) => self.set_timer(ctx, CapsuleTimer::Retry, wait_ms),
                     other => {
-                        if matches!(other, Action::Created | Action::Forget | Action::Ended) {
+                        if matches!(
+                            other,
+                            Action::Created
+                                | Action::Forget
+                                | Action::Ended
+                                | Action::Finished(_)
+                                | Action::Failed(..)
+                        ) {
                             ctx.timers.clear(TimerKey::Capsule(self.key, CapsuleTimer::Deadline));
                         }
                         if matches!(other, Action::Forget | Action::Ended) {
@@ -203,7 +255,9 @@ impl Capsule {
 
     /// What is told of it.
     pub fn info(&self, ctx: &Context) -> CapsuleInfo {
-        let used = self.disk.as_ref().and_then(|d| d.allocated_bytes().ok()).unwrap_or(0);
+        let disk = self.disk.as_ref().and_then(|d| d.allocated_bytes().ok()).unwrap_or(0);
+        let image = self.record.image.map_or(0, |image| image.allocated_bytes(&self.directory));
+        let used = disk + image;
         let mut metadata = Vec::new();
         if self.state() == CapsuleState::Running {
             metadata = vec![

@@ -4,17 +4,21 @@
 //! A record is written whole to a new file and renamed over the old one, so there is always one whole
 //! record. Before a step that makes something, the record names it; what it names may therefore not exist.
 
+use super::spec::Spec;
 use crate::net::slot::Slot;
+use crate::vmm::Image;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use wire::base64;
+use wire::codec::Bytes;
 
-/// The version of the form below; a record of another version is not touched.
-pub const VERSION: u32 = 1;
-/// The longest record that is read, in bytes.
-pub const MAX_RECORD_BYTES: u64 = 65_536;
+/// The version of the form below. Older ones are read, newer ones are not touched.
+pub const VERSION: u32 = 2;
+/// The longest record that is read, in bytes: the environment in base64 is most of it.
+pub const MAX_RECORD_BYTES: u64 = 262_144;
 const FILE_NAME: &str = "record.json";
 const NEW_FILE_NAME: &str = "record.json.new";
 
@@ -46,12 +50,78 @@ pub struct Record {
     pub slot: Option<u32>,
     /// Its VMM, once it runs.
     pub machine: Option<ProcessRecord>,
+    /// Its saved machine. While there is one the capsule is paused, whatever else runs.
+    #[serde(default)]
+    pub image: Option<Image>,
+    /// The generation of the memory that its machine was restored from.
+    #[serde(default)]
+    pub base: Option<u64>,
+    /// The generation of the files of the last attempt to save it.
+    #[serde(default)]
+    pub generation: u64,
+    /// What an agent after this one needs to go on with it.
+    #[serde(default)]
+    pub kept: Kept,
+}
+
+/// What only the agent knows of a capsule.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// The secret that its guest daemon knows this host by, in base64.
+    pub secret: String,
+    /// Idle seconds until it is paused; 0 for never.
+    pub timeout_sec: u32,
+    /// Whether the guest may reach the internet.
+    pub allow_internet: bool,
+    /// Names and values of its default environment, in base64.
+    pub environment: Vec<(String, String)>,
+    /// Size of its disk, in MiB.
+    pub disk_mb: u32,
+    /// The version of its guest daemon.
+    pub envd_version: String,
+}
+
+impl Kept {
+    /// What is to be kept of a capsule that is being made.
+    pub fn new(spec: &Spec, secret: &[u8]) -> Kept {
+        let text = |bytes: &Bytes| base64::encode(&bytes.0);
+        Kept {
+            secret: base64::encode(secret),
+            timeout_sec: spec.timeout_sec,
+            allow_internet: spec.allow_internet,
+            environment: spec.environment.iter().map(|(n, v)| (text(n), text(v))).collect(),
+            disk_mb: 0,
+            envd_version: String::new(),
+        }
+    }
 }
 
 impl Record {
     /// The slot, if there is one.
     pub fn slot(&self) -> Option<Slot> {
         self.slot.and_then(Slot::new)
+    }
+
+    /// What was asked for when the capsule was made, and the secret; `None` when the record does not have
+    /// it, as one of an older agent.
+    pub fn spec(&self, deadline_ms: u64) -> Option<(Spec, Vec<u8>)> {
+        let bytes = |text: &String| base64::decode(text).map(Bytes);
+        let pairs = self.kept.environment.iter().map(|(n, v)| Some((bytes(n)?, bytes(v)?)));
+        let secret = base64::decode(&self.kept.secret).filter(|secret| !secret.is_empty())?;
+        let spec = Spec {
+            id: self.capsule_id.clone(),
+            template: self.template.clone(),
+            // Its disk is made.
+            image: PathBuf::new(),
+            vcpus: self.vcpus,
+            memory_mb: self.memory_mb,
+            disk_bytes: None,
+            allow_internet: self.kept.allow_internet,
+            environment: pairs.collect::<Option<_>>()?,
+            timeout_sec: self.kept.timeout_sec,
+            deadline_ms,
+        };
+        Some((spec, secret))
     }
 
     /// Makes the capsule's directory with this record. Blocks.
@@ -88,8 +158,8 @@ impl Record {
             Err(e) => return Err(e),
         }
         let record: Record = serde_json::from_slice(&fs::read(&path)?)?;
-        if record.version != VERSION {
-            let text = format!("the record has version {}, this agent knows {VERSION}", record.version);
+        if !(1..=VERSION).contains(&record.version) {
+            let text = format!("the record has version {}, this agent knows 1 to {VERSION}", record.version);
             return Err(io::Error::new(io::ErrorKind::InvalidData, text));
         }
         Ok(Some(record))
@@ -120,7 +190,27 @@ mod tests {
             uid: 7,
             slot: None,
             machine: None,
+            image: Some(Image { memory: 1, delta: Some(2), state: 2 }),
+            base: None,
+            generation: 2,
+            kept: Kept {
+                secret: "AQID".into(),
+                environment: vec![("QQ==".into(), "/w==".into())],
+                disk_mb: 300,
+                ..Kept::default()
+            },
         }
+    }
+
+    #[test]
+    fn a_record_has_what_the_next_agent_needs() {
+        let (spec, secret) = record().spec(9).expect("complete");
+        assert_eq!((spec.id.as_str(), spec.memory_mb, spec.deadline_ms), ("cl-1", 256, 9));
+        assert_eq!(secret, [1, 2, 3]);
+        assert_eq!(spec.environment, [(Bytes(b"A".to_vec()), Bytes(vec![0xff]))]);
+        let old = r#"{"version":1,"capsule_id":"cl-1","template":"t","vcpus":1,"memory_mb":256,"uid":7,"slot":null,"machine":null}"#;
+        let old: Record = serde_json::from_str(old).expect("an older agent's");
+        assert!(old.spec(9).is_none() && old.image.is_none());
     }
 
     #[test]
@@ -140,7 +230,7 @@ mod tests {
             fs::write(directory.join(FILE_NAME), bad).expect("written");
             assert!(Record::read(&directory).is_err(), "{bad:?}");
         }
-        record.version = 2;
+        record.version = VERSION + 1;
         record.write(&directory).expect("written");
         assert!(Record::read(&directory).is_err());
         remove(&directory).expect("removed");

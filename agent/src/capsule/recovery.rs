@@ -1,13 +1,14 @@
 //! At the start of the agent: clears away what an agent that died has left, as its records name it, and
-//! nothing else.
+//! nothing else. Paused capsules stay.
 
 use super::record::{self, Record};
-use crate::disk::{self, DiskError};
+use crate::disk::{self, Backend, Disk, DiskError};
 use crate::layout::{Layout, is_capsule_id};
 use crate::net::netns;
 use crate::net::slot::Slot;
 use crate::net::{NetError, destroy_remains};
 use crate::sys::pidfd::Process;
+use crate::vmm::image;
 use std::fmt;
 use std::fs;
 use std::io;
@@ -38,8 +39,10 @@ pub enum RecoveryError {
     },
     /// The network could not be removed.
     Net(NetError),
-    /// The disk could not be removed.
+    /// The disk could not be removed, or cannot be used.
     Disk(DiskError),
+    /// A paused capsule lacks its disk, or its record its slot.
+    Incomplete(PathBuf),
 }
 
 impl fmt::Display for RecoveryError {
@@ -49,15 +52,31 @@ impl fmt::Display for RecoveryError {
             RecoveryError::StillRuns { pid } => write!(f, "process {pid} did not end although it was killed"),
             RecoveryError::Net(e) => e.fmt(f),
             RecoveryError::Disk(e) => e.fmt(f),
+            RecoveryError::Incomplete(path) => {
+                write!(f, "{} lacks its disk or its record a slot", path.display())
+            }
         }
     }
 }
 
 impl std::error::Error for RecoveryError {}
 
+/// A paused capsule as it lies on disk.
+#[derive(Debug)]
+pub struct LeftPaused {
+    /// Its record, which names no machine.
+    pub record: Record,
+    /// Its slot, of which nothing exists.
+    pub slot: Slot,
+    /// Its disk.
+    pub disk: Box<dyn Disk>,
+}
+
 /// What was found and done.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct Summary {
+    /// Capsules that are paused and whole.
+    pub paused: Vec<LeftPaused>,
     /// Capsules that were cleared away.
     pub cleared: usize,
     /// Capsules that could not be, with their slots, which must not be given out.
@@ -85,6 +104,21 @@ pub fn recover(layout: &Layout) -> Result<Summary, RecoveryError> {
         }
         let record = Record::read(&entry.path());
         let slot = record.as_ref().ok().and_then(|r| r.as_ref()?.slot());
+        if let Ok(Some(paused)) = &record
+            && paused.image.is_some()
+        {
+            match settle(&entry.path(), paused.clone()) {
+                Ok(left) => {
+                    log::info!("capsule {name}: paused");
+                    summary.paused.push(left);
+                }
+                Err(e) => {
+                    log::error!("capsule {name}: paused, but cannot be looked after: {e}");
+                    summary.left.push((name, slot));
+                }
+            }
+            continue;
+        }
         match record
             .map_err(io_error("reading the record of", &entry.path()))
             .and_then(|record| clear(&entry.path(), record.as_ref()))
@@ -106,9 +140,29 @@ pub fn recover(layout: &Layout) -> Result<Summary, RecoveryError> {
     Ok(summary)
 }
 
+/// Makes sure that of a paused capsule nothing is there but what belongs to a paused one.
+fn settle(directory: &Path, mut record: Record) -> Result<LeftPaused, RecoveryError> {
+    end_machine(directory, Some(&record))?;
+    let slot = record.slot().ok_or_else(|| RecoveryError::Incomplete(directory.to_owned()))?;
+    let disk = Backend::open(directory).map_err(RecoveryError::Disk)?;
+    let disk = disk.ok_or_else(|| RecoveryError::Incomplete(directory.to_owned()))?;
+    if record.machine.take().is_some() {
+        record.write(directory).map_err(io_error("writing the record of", directory))?;
+    }
+    image::clean(directory, record.image.as_ref(), record.base);
+    Ok(LeftPaused { record, slot, disk })
+}
+
 /// Removes one capsule's belongings in the order of its teardown. Without a record nothing but the
 /// directory was made.
 fn clear(directory: &Path, record: Option<&Record>) -> Result<(), RecoveryError> {
+    end_machine(directory, record)?;
+    disk::clear(directory).map_err(RecoveryError::Disk)?;
+    record::remove(directory).map_err(io_error("removing", directory))
+}
+
+/// Ends the machine and removes the network that a record names.
+fn end_machine(directory: &Path, record: Option<&Record>) -> Result<(), RecoveryError> {
     // A process that waits for a full disk cannot end.
     disk::release(directory).map_err(RecoveryError::Disk)?;
     if let Some(machine) = record.and_then(|r| r.machine) {
@@ -125,8 +179,7 @@ fn clear(directory: &Path, record: Option<&Record>) -> Result<(), RecoveryError>
         }
         destroy_remains(slot).map_err(RecoveryError::Net)?;
     }
-    disk::clear(directory).map_err(RecoveryError::Disk)?;
-    record::remove(directory).map_err(io_error("removing", directory))
+    Ok(())
 }
 
 fn kill(mut process: Process) -> Result<(), RecoveryError> {
@@ -192,10 +245,15 @@ mod tests {
             slot: None,
             // Process 1 runs, but did not start then.
             machine: Some(record::ProcessRecord { pid: 1, start_ticks: u64::MAX }),
+            image: None,
+            base: None,
+            generation: 0,
+            kept: record::Kept::default(),
         };
         record.write(&sandboxes.join("cl-dead")).expect("written");
         let summary = recover(&layout).expect("recovered");
-        assert_eq!(summary, Summary { cleared: 2, left: vec![("cl-odd".into(), None)] });
+        assert_eq!((summary.cleared, summary.left), (2, vec![("cl-odd".into(), None)]));
+        assert!(summary.paused.is_empty());
         let left = fs::read_dir(&sandboxes).expect("listed").flatten().map(|e| e.file_name());
         let mut left: Vec<_> = left.collect();
         left.sort();

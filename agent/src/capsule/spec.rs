@@ -46,6 +46,8 @@ pub struct Spec {
     pub allow_internet: bool,
     /// Default environment of its processes.
     pub environment: Vec<(Bytes, Bytes)>,
+    /// Idle seconds until it is paused; 0 for never.
+    pub timeout_sec: u32,
     /// When creating is given up, in milliseconds after its begin.
     pub deadline_ms: u64,
 }
@@ -159,10 +161,7 @@ impl Spec {
         in_range("memory_mb", request.memory_mb, &MEMORY_MB)?;
         in_range("deadline_ms", request.deadline_ms, &(0..=MAX_DEADLINE_MS))?;
         check_environment(&request.environment)?;
-        let capacity = Reserved {
-            memory_mb: u64::from(host.memory_mb.saturating_sub(HOST_RESERVE_MB)),
-            vcpus: u64::from(host.cpu_cores * VCPUS_PER_CORE),
-        };
+        let capacity = capacity(host);
         fits("MiB of memory", request.memory_mb, capacity.memory_mb, reserved.memory_mb)?;
         fits("virtual CPUs", request.vcpus, capacity.vcpus, reserved.vcpus)?;
         let image = host.layout.template(&request.template)?;
@@ -188,11 +187,27 @@ impl Spec {
             disk_bytes: (asked_bytes != 0).then_some(asked_bytes),
             allow_internet: request.allow_internet,
             environment: request.environment.clone(),
+            timeout_sec: request.timeout_sec,
             deadline_ms: match request.deadline_ms {
                 0 => host.create_deadline_ms,
                 asked => u64::from(asked),
             },
         })
+    }
+}
+
+/// Checks whether the host has room for a capsule that is to go on.
+pub fn readmit(spec: &Spec, host: &Host, reserved: Reserved) -> Result<(), SpecError> {
+    let capacity = capacity(host);
+    fits("MiB of memory", spec.memory_mb, capacity.memory_mb, reserved.memory_mb)?;
+    fits("virtual CPUs", spec.vcpus, capacity.vcpus, reserved.vcpus)
+}
+
+/// What the host has for capsules.
+fn capacity(host: &Host) -> Reserved {
+    Reserved {
+        memory_mb: u64::from(host.memory_mb.saturating_sub(HOST_RESERVE_MB)),
+        vcpus: u64::from(host.cpu_cores * VCPUS_PER_CORE),
     }
 }
 
@@ -296,6 +311,7 @@ mod tests {
             disk_bytes: None,
             allow_internet: true,
             environment: Vec::new(),
+            timeout_sec: 0,
             deadline_ms: 1,
         };
         let dns = Some(std::net::Ipv4Addr::new(9, 9, 9, 9));

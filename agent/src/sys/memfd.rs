@@ -16,6 +16,14 @@ pub fn private(name: &CStr, size_bytes: u64, uid: u32, gid: u32) -> io::Result<O
     Ok(file.into())
 }
 
+/// Where the next data (`SEEK_DATA`) or the next hole (`SEEK_HOLE`) of a file is, from an offset on: lseek(2).
+/// ENXIO when there is none. Moves the file's offset.
+pub fn seek(file: &File, from: u64, what: libc::c_int) -> io::Result<u64> {
+    let from = i64::try_from(from).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: lseek takes its arguments by value.
+    super::check(unsafe { libc::lseek(file.as_raw_fd(), from, what) }).map(i64::cast_unsigned)
+}
+
 /// A file that keeps the first `limit_bytes` written to it and refuses the rest: where a child's standard
 /// error goes when it must neither block nor fill a disk.
 #[derive(Debug)]

@@ -10,6 +10,8 @@
 //! - [`dm`]: device-mapper devices
 //! - [`loopdev`]: block devices whose content is a file
 //! - [`sparse`]: files with holes
+//! - [`passing`]: handing open files to other processes
+//! - [`poll`]: waiting for one descriptor
 //! - [`reflink`]: copies that share their blocks
 //! - [`kvm`]: just enough of KVM to find out whether it works
 //! - [`resources`]: disk space
@@ -21,7 +23,9 @@ pub mod kvm;
 pub mod loopdev;
 pub mod memfd;
 pub mod namespace;
+pub mod passing;
 pub mod pidfd;
+pub mod poll;
 pub mod reflink;
 pub mod resources;
 pub mod rtnetlink;

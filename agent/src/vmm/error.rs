@@ -43,6 +43,25 @@ pub enum VmmError {
     Monitor(QmpError),
     /// The monitor's connection is closed: the VMM has ended or is about to.
     MonitorClosed,
+    /// QEMU has refused a command.
+    Refused {
+        /// Which.
+        command: &'static str,
+        /// QEMU's reason.
+        why: String,
+    },
+    /// QEMU has not answered a command in time.
+    NoAnswer {
+        /// Which.
+        command: &'static str,
+    },
+    /// A saved machine is not as it should be.
+    BadImage {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
 }
 
 impl fmt::Display for VmmError {
@@ -63,6 +82,9 @@ impl fmt::Display for VmmError {
             VmmError::System { step, path, source } => write!(f, "{step} {}: {source}", path.display()),
             VmmError::Monitor(error) => error.fmt(f),
             VmmError::MonitorClosed => f.write_str("QEMU has closed its monitor"),
+            VmmError::Refused { command, why } => write!(f, "QEMU refused {command}: {why}"),
+            VmmError::NoAnswer { command } => write!(f, "QEMU did not answer {command} in time"),
+            VmmError::BadImage { path, what } => write!(f, "{}: {what}", path.display()),
         }
     }
 }

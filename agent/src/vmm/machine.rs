@@ -5,12 +5,15 @@ use super::console::{Console, Pump};
 use super::qmp::{self, CommandError, CommandId, Message};
 use crate::sys::memfd::Capture;
 use crate::sys::pidfd::{Exit, Process};
+use crate::sys::{passing, poll};
 use serde_json::Value;
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// The monitor's socket, in the capsule's directory.
 const MONITOR_NAME: &str = "qmp.sock";
@@ -22,6 +25,9 @@ const PUMP_BYTES: usize = 64 * 1024;
 const CHUNK_BYTES: usize = 4 * 1024;
 /// How much of a guest's last words goes into an error message.
 const TAIL_BYTES: usize = 2 * 1024;
+
+/// What waits to be told while [`Machine::call`] waits for an answer, at most.
+const MAX_HELD_EVENTS: usize = 1_024;
 
 /// What has happened to a machine.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,6 +64,8 @@ pub struct Machine {
     monitor: UnixStream,
     client: qmp::Client,
     console: Console,
+    /// What came while an answer was waited for.
+    held: VecDeque<Event>,
     /// Unknown for a machine that an earlier agent has started.
     errors: Option<Capture>,
 }
@@ -97,7 +105,7 @@ impl Machine {
     /// The machine of a process that was given the listeners of `connections`.
     pub(super) fn started(process: Process, connections: Connections, errors: Option<Capture>) -> Machine {
         let Connections { monitor, console } = connections;
-        Machine { process, monitor, client: qmp::Client::new(), console, errors }
+        Machine { process, monitor, client: qmp::Client::new(), console, held: VecDeque::new(), errors }
     }
 
     /// The machine that an earlier agent has started, by what its records say of it. [`VmmError::System`]
@@ -150,6 +158,82 @@ impl Machine {
         Ok(id)
     }
 
+    /// Gives the VMM a command and waits at most `timeout_ms` for its answer, the end of the VMM included.
+    /// With a `file`, that goes along (`add-fd`). Blocks; what else happens meanwhile is told by
+    /// [`Machine::poll_event`] afterwards.
+    pub fn call(
+        &mut self,
+        command: &'static str,
+        arguments: Option<Value>,
+        file: Option<BorrowedFd<'_>>,
+        timeout_ms: u64,
+    ) -> Result<Value, VmmError> {
+        let end = Instant::now() + Duration::from_millis(timeout_ms);
+        if let Some(file) = file {
+            // What is sent before must not carry the file.
+            self.wait_until_written(command, end)?;
+            let id = self.client.execute(command, arguments)?;
+            let sent = passing::send_with_file(self.monitor.as_fd(), self.client.output(), file)
+                .map_err(system("handing a file to", Path::new("the VMM's monitor")))?;
+            self.client.consume_output(sent);
+            return self.wait_for_answer(command, id, end);
+        }
+        let id = self.client.execute(command, arguments)?;
+        self.wait_for_answer(command, id, end)
+    }
+
+    fn wait_until_written(&mut self, command: &'static str, end: Instant) -> Result<(), VmmError> {
+        loop {
+            self.write()?;
+            if self.client.output().is_empty() {
+                return Ok(());
+            }
+            self.wait_for_monitor(command, libc::POLLOUT, end)?;
+        }
+    }
+
+    fn wait_for_answer(
+        &mut self,
+        command: &'static str,
+        wanted: CommandId,
+        end: Instant,
+    ) -> Result<Value, VmmError> {
+        loop {
+            let pumped = self.pump_monitor()?;
+            while let Some(event) = self.next_event() {
+                match event {
+                    Event::Answer { id, result } if id == wanted => {
+                        return result.map_err(|e| VmmError::Refused { command, why: e.description });
+                    }
+                    other if self.held.len() < MAX_HELD_EVENTS => self.held.push_back(other),
+                    other => log::debug!("too much at once from a VMM, dropped: {other:?}"),
+                }
+            }
+            match pumped {
+                Pump::Closed => return Err(VmmError::MonitorClosed),
+                Pump::More => {}
+                Pump::Drained => {
+                    let writing = if self.client.output().is_empty() { 0 } else { libc::POLLOUT };
+                    self.wait_for_monitor(command, libc::POLLIN | writing, end)?;
+                }
+            }
+        }
+    }
+
+    fn wait_for_monitor(
+        &self,
+        command: &'static str,
+        events: libc::c_short,
+        end: Instant,
+    ) -> Result<(), VmmError> {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(VmmError::NoAnswer { command });
+        }
+        poll::wait(self.monitor.as_fd(), events, left)
+            .map_err(system("waiting for", Path::new("the VMM's monitor")))
+    }
+
     /// The monitor's descriptor, to wait on for reading and writing.
     pub fn monitor_fd(&self) -> RawFd {
         self.monitor.as_raw_fd()
@@ -174,6 +258,10 @@ impl Machine {
 
     /// The next thing that has happened.
     pub fn poll_event(&mut self) -> Option<Event> {
+        self.held.pop_front().or_else(|| self.next_event())
+    }
+
+    fn next_event(&mut self) -> Option<Event> {
         Some(match self.client.poll()? {
             Message::Ready { .. } => Event::Ready,
             Message::Answer { id, result } => Event::Answer { id, result },

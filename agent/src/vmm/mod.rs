@@ -4,10 +4,12 @@
 //! - [`qemu`]: starts one in QEMU
 //! - [`Machine`]: one that runs, whoever started it
 //! - [`qmp`]: QEMU's protocol; [`console`]: the guest's serial port
+//! - [`image`]: a machine that is saved: its memory and the state of its devices, as files
 //! - [`probe`]: whether KVM works here
 
 pub mod console;
 mod error;
+pub mod image;
 mod machine;
 pub mod probe;
 pub mod qemu;
@@ -15,11 +17,23 @@ pub mod qmp;
 
 pub use console::Pump;
 pub use error::VmmError;
+pub use image::Image;
 pub use machine::{Event, Machine};
 
 use crate::disk::DiskImage;
 use crate::net::MacAddress;
+use std::fs::File;
 use std::path::PathBuf;
+use std::sync::Arc;
+
+/// The files that a machine goes on from.
+#[derive(Debug, Clone)]
+pub struct Restore {
+    /// Its memory, of the machine's size. The machine's user may open it for writing; nothing is written.
+    pub memory: Arc<File>,
+    /// The state of its devices.
+    pub state: Arc<File>,
+}
 
 /// What a machine is to be like. Nothing in it is secret: all of it can be read in the list of processes.
 #[derive(Debug, Clone)]
@@ -48,4 +62,6 @@ pub struct MachineSpec {
     pub gid: u32,
     /// The capsule's directory, which exists and which only the agent may enter. Sockets and logs go here.
     pub directory: PathBuf,
+    /// What it goes on from instead of booting. It then stands still until it is told to go on.
+    pub restore: Option<Restore>,
 }

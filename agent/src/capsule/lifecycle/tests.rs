@@ -154,6 +154,141 @@ fn destroyed_before_it_was_made() {
     assert_eq!(life.handle(Event::Shutdown), [CreateFailed(Failure::ShuttingDown), Destroyed, Forget]);
 }
 
+const PAUSED: [(Event, &[Action]); 5] = [
+    (Event::Pause, &[Save]),
+    (Event::Saved, &[Remove(Guest)]),
+    (Event::Removed(Guest), &[Remove(Machine)]),
+    (Event::MachineExited(Failure::Cancelled), &[Remove(Network)]),
+    (Event::Removed(Network), &[Finished(Work::Pause)]),
+];
+
+fn after_pause(steps: &[(Event, &[Action])]) -> Lifecycle {
+    let mut all = PAUSED.to_vec();
+    all.extend_from_slice(steps);
+    after_up(&all)
+}
+
+#[test]
+fn paused_and_resumed() {
+    let mut life = after_up(&[]);
+    let mut states = Vec::new();
+    for (event, _) in PAUSED {
+        life.handle(event);
+        states.push(life.state());
+    }
+    use CapsuleState::{Paused, Pausing, Running};
+    assert_eq!(states, [Pausing, Pausing, Pausing, Pausing, Paused]);
+    assert!(!life.holds_machine() && life.has_image());
+    let life = after_pause(&[
+        (Event::Resume, &[Make(Network)]),
+        (Event::Made(Network), &[Make(Machine)]),
+        (Event::Made(Machine), &[Make(Guest)]),
+        (Event::Made(Guest), &[Finished(Work::Resume)]),
+    ]);
+    assert_eq!(life.state(), Running);
+    assert!(life.holds_machine() && !life.has_image());
+}
+
+#[test]
+fn a_failed_pause_leaves_it_running() {
+    let life =
+        after_up(&[(Event::Pause, &[Save]), (Event::SaveFailed(broken()), &[Failed(Work::Pause, broken())])]);
+    assert_eq!(life.state(), CapsuleState::Running);
+    let life = after_up(&[
+        (Event::Pause, &[Save]),
+        (Event::GuestLost, &[]),
+        (Event::SaveFailed(broken()), &[Failed(Work::Pause, broken()), Make(Guest)]),
+    ]);
+    assert_eq!(life.state(), CapsuleState::Running);
+}
+
+#[test]
+fn a_failed_resume_leaves_it_paused_and_can_be_tried_again() {
+    let life = after_pause(&[
+        (Event::Resume, &[Make(Network)]),
+        (Event::MakeFailed(Network, broken()), &[Failed(Work::Resume, broken())]),
+        (Event::Resume, &[Make(Network)]),
+        (Event::Made(Network), &[Make(Machine)]),
+        (Event::MakeFailed(Machine, broken()), &[Remove(Network)]),
+        (Event::Removed(Network), &[Failed(Work::Resume, broken())]),
+        (Event::Resume, &[Make(Network)]),
+    ]);
+    assert_eq!(life.state(), CapsuleState::Resuming);
+}
+
+#[test]
+fn a_guest_that_does_not_answer_after_resuming_is_saved_again() {
+    let life = after_pause(&[
+        (Event::Resume, &[Make(Network)]),
+        (Event::Made(Network), &[Make(Machine)]),
+        (Event::Made(Machine), &[Make(Guest)]),
+        (Event::Deadline(broken()), &[Save]),
+        (Event::Saved, &[Remove(Guest)]),
+        (Event::Removed(Guest), &[Remove(Machine)]),
+        (Event::Removed(Machine), &[Remove(Network)]),
+        (Event::Removed(Network), &[Failed(Work::Resume, broken())]),
+    ]);
+    assert_eq!(life.state(), CapsuleState::Paused);
+}
+
+#[test]
+fn a_machine_that_ends_while_it_is_saved_counts_by_whether_it_was_saved() {
+    let ended = Event::MachineExited(broken());
+    let life = after_up(&[
+        (Event::Pause, &[Save]),
+        (ended.clone(), &[]),
+        (Event::Saved, &[Remove(Guest)]),
+        (Event::Removed(Guest), &[Remove(Network)]),
+        (Event::Removed(Network), &[Finished(Work::Pause)]),
+    ]);
+    assert_eq!(life.state(), CapsuleState::Paused);
+    let life = after_up(&[
+        (Event::Pause, &[Save]),
+        (ended, &[]),
+        (Event::SaveFailed(broken()), &[Failed(Work::Pause, broken()), Remove(Guest)]),
+    ]);
+    assert_eq!(life.state(), CapsuleState::Stopping);
+}
+
+#[test]
+fn a_snapshot_leaves_it_running() {
+    let life = after_up(&[
+        (Event::Snapshot, &[MakeSnapshot]),
+        (Event::Pause, &[]),
+        (Event::SnapshotMade, &[Finished(Work::Snapshot)]),
+        (Event::Snapshot, &[MakeSnapshot]),
+        (Event::SnapshotFailed(broken()), &[Failed(Work::Snapshot, broken())]),
+    ]);
+    assert_eq!(life.state(), CapsuleState::Running);
+}
+
+#[test]
+fn destroying_waits_for_what_is_being_written() {
+    after_up(&[
+        (Event::Pause, &[Save]),
+        (Event::Destroy, &[Failed(Work::Pause, Failure::Destroyed)]),
+        (Event::Saved, &[Remove(Guest)]),
+    ]);
+    after_pause(&[
+        (Event::Destroy, &[Remove(Disk)]),
+        (Event::Removed(Disk), &[Remove(Record)]),
+        (Event::Removed(Record), &[Destroyed, Forget]),
+    ]);
+}
+
+#[test]
+fn what_is_asked_for_in_the_wrong_state_is_refused_and_nothing() {
+    let life = after_up(&[(Event::Resume, &[])]);
+    let refusal = life.check(Work::Resume).expect_err("running");
+    assert_eq!(refusal, "the capsule is running; only one that is paused can be resumed");
+    let life = after_pause(&[(Event::Pause, &[]), (Event::Snapshot, &[])]);
+    let refusal = life.check(Work::Pause).expect_err("paused");
+    assert_eq!(refusal, "the capsule is paused; only one that is running can be paused");
+    let mut life = Lifecycle::paused();
+    assert_eq!((life.state(), life.check(Work::Resume)), (CapsuleState::Paused, Ok(())));
+    assert_eq!(life.handle(Event::Resume), [Make(Network)]);
+}
+
 /// A small generator, so that the run is the same every time.
 struct Random(u64);
 
@@ -177,6 +312,7 @@ fn every_interleaving_ends_with_nothing_left() {
         let mut world = std::collections::BTreeSet::new();
         let mut under_way: Vec<Action> = life.handle(Event::Create);
         let mut answers = 0;
+        let (mut image, mut asked) = (false, None);
         let mut forgotten = false;
         for step in 0..400 {
             if forgotten {
@@ -188,6 +324,9 @@ fn every_interleaving_ends_with_nothing_left() {
                 (_, 1) => Some(Event::Cancel),
                 (_, 2) => Some(Event::Deadline(broken())),
                 (_, 3) if world.contains(&Guest) => Some(Event::GuestLost),
+                (_, 5 | 6) => Some(Event::Pause),
+                (_, 7 | 8) => Some(Event::Resume),
+                (_, 9) => Some(Event::Snapshot),
                 (_, 4) if world.contains(&Machine) => Some(Event::MachineExited(broken())),
                 _ => None,
             };
@@ -202,13 +341,22 @@ fn every_interleaving_ends_with_nothing_left() {
                     }
                     Remove(part) => Event::Removed(part),
                     RetryAfter(_) => Event::RetryDue,
+                    // What a machine that ended has not written is not there.
+                    Save if !world.contains(&Machine) || random.below(4) == 0 => Event::SaveFailed(broken()),
+                    Save => Event::Saved,
+                    MakeSnapshot if !world.contains(&Machine) || random.below(4) == 0 => {
+                        Event::SnapshotFailed(broken())
+                    }
+                    MakeSnapshot => Event::SnapshotMade,
                     other => panic!("{other:?} is not answered"),
                 },
             };
             match &event {
                 Event::Made(part) => {
-                    assert!(part.needs().iter().all(|p| world.contains(p)) || life.goal() == Goal::Down);
+                    let needed = part.needs().iter().all(|p| world.contains(p));
+                    assert!(needed || life.goal() != Goal::Up, "seed {seed}: {part:?}");
                     world.insert(*part);
+                    image &= *part != Machine;
                 }
                 Event::Removed(part) => {
                     world.remove(part);
@@ -216,6 +364,17 @@ fn every_interleaving_ends_with_nothing_left() {
                 }
                 Event::GuestLost => {
                     world.remove(&Guest);
+                }
+                Event::Saved => image = true,
+                Event::Pause | Event::Resume | Event::Snapshot => {
+                    let work = match event {
+                        Event::Pause => Work::Pause,
+                        Event::Resume => Work::Resume,
+                        _ => Work::Snapshot,
+                    };
+                    if life.check(work).is_ok() {
+                        assert_eq!(asked.replace(work), None, "seed {seed}: two at once");
+                    }
                 }
                 Event::MachineExited(_) => {
                     world.remove(&Machine);
@@ -225,8 +384,17 @@ fn every_interleaving_ends_with_nothing_left() {
             }
             for action in life.handle(event) {
                 match action {
-                    Make(_) | RetryAfter(_) => under_way.push(action),
+                    Make(_) | RetryAfter(_) | Save | MakeSnapshot => under_way.push(action),
+                    Finished(work) | Failed(work, _) => {
+                        assert_eq!(asked.take(), Some(work), "seed {seed}: answered unasked");
+                    }
                     Remove(part) => {
+                        let saving = under_way.iter().any(|a| matches!(a, Save | MakeSnapshot));
+                        assert!(!saving, "seed {seed}: {part:?} removed under what is being written");
+                        assert!(
+                            image || life.goal() == Goal::Down,
+                            "seed {seed}: {part:?} removed, no image"
+                        );
                         under_way.retain(|a| *a != Make(part));
                         under_way.push(action);
                     }
@@ -235,9 +403,13 @@ fn every_interleaving_ends_with_nothing_left() {
                     Destroyed | DestroyFailed(_) | Ended => {}
                 }
             }
+            if life.state() == CapsuleState::Paused {
+                assert!(image && world.iter().eq([&Record, &Disk]), "seed {seed}: paused with {world:?}");
+            }
         }
         assert!(forgotten, "seed {seed}: {life:?}, under way {under_way:?}");
         assert!(world.is_empty(), "seed {seed}: {world:?} left");
+        assert_eq!(asked, None, "seed {seed}: never answered");
         assert!(answers <= 1, "seed {seed}: create answered {answers} times");
     }
 }

@@ -16,7 +16,8 @@ pub(super) const SMALL_FIRMWARE: &str = "qboot.rom";
 const TRANSLATION_CACHE_MB: u32 = 256;
 
 /// Without what a server has no use for, firmware and guest have less to look for.
-const MACHINE: &str = "q35,memory-backend=memory,usb=off,vmport=off,smbus=off,sata=off,i8042=off";
+const MACHINE: &str = "q35,memory-backend=memory,usb=off,vmport=off,smbus=off,sata=off,i8042=off,\
+                       suppress-vmdesc=on";
 
 /// What QEMU may not do, once it runs, by seccomp.
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
@@ -41,6 +42,8 @@ pub(super) struct Inputs<'a> {
     pub kernel: RawFd,
     pub initramfs: Option<RawFd>,
     pub memory: RawFd,
+    /// The device state that it goes on from; its memory then is private to it.
+    pub state: Option<RawFd>,
     pub tap: RawFd,
     pub monitor: RawFd,
     pub console: RawFd,
@@ -51,7 +54,10 @@ pub(super) struct Inputs<'a> {
 pub(super) fn arguments(inputs: &Inputs<'_>) -> Vec<String> {
     let mut arguments = Arguments::default();
     machine(&mut arguments, inputs);
-    boot(&mut arguments, inputs);
+    match inputs.state {
+        Some(state) => restore(&mut arguments, state),
+        None => boot(&mut arguments, inputs),
+    }
     let mut next_set = 1;
     for (index, disk) in inputs.disks.iter().enumerate() {
         add_disk(&mut arguments, index, disk, &mut next_set);
@@ -87,14 +93,23 @@ fn machine(arguments: &mut Arguments, inputs: &Inputs<'_>) {
     }
     arguments.add("-smp", format!("cpus={0},sockets=1,cores={0},threads=1", inputs.vcpus));
     arguments.add("-m", format!("{}M", inputs.memory_mb));
-    // Shared, so that a snapshot can take the guest's memory as it lies there.
+    // Shared, so that a snapshot can take the guest's memory as it lies there. Saved memory is mapped copy
+    // on write: pages are read when they are touched, and what is written stays this machine's own.
+    let share = if inputs.state.is_some() { "off" } else { "on" };
     arguments.add(
         "-object",
         format!(
-            "memory-backend-file,id=memory,size={}M,mem-path=/proc/self/fd/{},share=on",
+            "memory-backend-file,id=memory,size={}M,mem-path=/proc/self/fd/{},share={share}",
             inputs.memory_mb, inputs.memory
         ),
     );
+}
+
+/// Kernel and all lie in the memory already. The state has no section on QEMU's own configuration.
+fn restore(arguments: &mut Arguments, state: RawFd) {
+    arguments.flag("-S");
+    arguments.add("-incoming", format!("fd:{state}"));
+    arguments.add("-global", "migration.send-configuration=off");
 }
 
 fn boot(arguments: &mut Arguments, inputs: &Inputs<'_>) {
@@ -191,6 +206,7 @@ mod tests {
             kernel: 10,
             initramfs: Some(11),
             memory: 12,
+            state: None,
             tap: 13,
             monitor: 14,
             console: 15,
@@ -226,6 +242,17 @@ mod tests {
         let devices = values(&arguments, "-device");
         assert!(devices[0].contains("drive=disk0") && devices[1].contains("drive=disk1"));
         assert!(devices[2].contains("mac=02:fc:01:00:00:07") && devices[2].ends_with("romfile="));
+    }
+
+    #[test]
+    fn a_saved_machine_boots_nothing_and_keeps_what_it_writes_to_itself() {
+        let mut inputs = inputs(Accelerator::Tcg { qboot: true }, &[]);
+        inputs.state = Some(16);
+        let arguments = arguments(&inputs);
+        assert_eq!(values(&arguments, "-incoming"), ["fd:16"]);
+        assert!(arguments.iter().any(|a| a == "-S"));
+        assert!(!arguments.iter().any(|a| ["-kernel", "-initrd", "-append"].contains(&a.as_str())));
+        assert!(values(&arguments, "-object")[0].ends_with("share=off"));
     }
 
     #[test]

@@ -8,7 +8,7 @@ mod arguments;
 
 use super::machine::{self, Machine, system};
 use super::probe::{self, KvmUnusable};
-use super::{MachineSpec, VmmError};
+use super::{MachineSpec, VmmError, image};
 use crate::disk::DiskImage;
 use crate::net::Tap;
 use crate::sys::memfd::{self, Capture};
@@ -20,6 +20,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
 const PROGRAM: &str = "qemu-system-x86_64";
 /// Where distributions put it.
@@ -117,8 +118,16 @@ impl Qemu {
         check(spec)?;
         let kernel = open_for_all(&spec.kernel)?;
         let initramfs = spec.initramfs.as_deref().map(open_for_all).transpose()?;
-        let memory = memfd::private(c"guest memory", u64::from(spec.memory_mb) << 20, spec.uid, spec.gid)
-            .map_err(system("making the memory of", Path::new(&spec.name)))?;
+        let memory = match &spec.restore {
+            Some(restore) => Arc::clone(&restore.memory),
+            None => {
+                let bytes = u64::from(spec.memory_mb) << 20;
+                let memory = memfd::private(image::MEMORY_NAME, bytes, spec.uid, spec.gid)
+                    .map_err(system("making the memory of", Path::new(&spec.name)))?;
+                Arc::new(File::from(memory))
+            }
+        };
+        let state = spec.restore.as_ref().map(|restore| restore.state.as_fd());
         let disks: Vec<OpenDisk> = spec.disks.iter().map(OpenDisk::open).collect::<Result<_, _>>()?;
         let (listeners, connections) = machine::create_sockets(&spec.directory)?;
         let errors = Capture::new(c"qemu output", DIAGNOSTICS_BYTES)
@@ -135,12 +144,14 @@ impl Qemu {
             kernel: kernel.as_raw_fd(),
             initramfs: initramfs.as_ref().map(AsRawFd::as_raw_fd),
             memory: memory.as_raw_fd(),
+            state: state.as_ref().map(AsRawFd::as_raw_fd),
             tap: tap.as_fd().as_raw_fd(),
             monitor: listeners.monitor.as_raw_fd(),
             console: listeners.console.as_raw_fd(),
             disks: &disk_fds,
         });
         let mut inherit = vec![kernel.as_fd(), memory.as_fd(), tap.as_fd()];
+        inherit.extend(state);
         inherit.extend([listeners.monitor.as_fd(), listeners.console.as_fd()]);
         inherit.extend(initramfs.iter().map(AsFd::as_fd));
         inherit.extend(disks.iter().flat_map(OpenDisk::borrow));
@@ -294,6 +305,7 @@ mod tests {
             uid: 100_001,
             gid: 100_001,
             directory: "/d".into(),
+            restore: None,
         };
         assert!(check(&good).is_ok());
         let bad = [

@@ -1,0 +1,264 @@
+//! Pausing a capsule and letting it go on.
+//!
+//! Pausing: the guest daemon writes its file system out, the guest is stood still, memory and devices go
+//! to new files, and once those are on disk the record names them. That record is the moment at which the
+//! capsule is paused; whatever happens before, it runs on, and whatever happens after, it is paused.
+//!
+//! Going on: a machine is started of the files and stands still. Then the record stops naming the files,
+//! and the guest is let go. Whatever happens before that, the capsule is still paused.
+
+use super::executor::{CapsuleReport, make_failed};
+use super::failure::Failure;
+use super::lifecycle::{Event, Part};
+use super::machine::KILL_TIMEOUT_MS;
+use super::record::{ProcessRecord, Record};
+use super::{Capsule, CapsuleTimer};
+use crate::context::{Context, TimerKey};
+use crate::net::Tap;
+use crate::vmm::image::{Written, clean};
+use crate::vmm::qemu::Qemu;
+use crate::vmm::{Image, Machine, MachineSpec, VmmError};
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+use wire::message::GuestPrepareSnapshot;
+
+/// How long a guest daemon may take to write its file system out. One that does not answer is saved as it
+/// is: its memory holds what its disk does not.
+pub const PREPARE_TIMEOUT_MS: u64 = 10_000;
+
+/// Why a capsule could not be saved or restored.
+#[derive(Debug)]
+pub enum SaveFailure {
+    /// The record could not be written.
+    Record(io::Error),
+    /// The disk could not be written out.
+    Disk(PathBuf, io::Error),
+    /// The machine could not be saved or restored.
+    Vmm(VmmError),
+    /// The same, with what the VMM said in the end.
+    Said(VmmError, String),
+    /// There is nothing to restore.
+    NoImage,
+}
+
+impl fmt::Display for SaveFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SaveFailure::Record(e) => write!(f, "writing its record: {e}"),
+            SaveFailure::Disk(path, e) => write!(f, "writing out {}: {e}", path.display()),
+            SaveFailure::Vmm(e) => e.fmt(f),
+            SaveFailure::Said(e, said) => write!(f, "{e}; it said: {said}"),
+            SaveFailure::NoImage => f.write_str("it has no image"),
+        }
+    }
+}
+
+/// What came of saving.
+#[derive(Debug)]
+pub struct SaveReport {
+    machine: Machine,
+    record: Record,
+    result: Result<Written, SaveFailure>,
+    took_ms: u128,
+}
+
+/// What came of restoring.
+#[derive(Debug)]
+pub struct RestoreReport {
+    record: Record,
+    result: Result<Machine, SaveFailure>,
+}
+
+impl Capsule {
+    /// Asks the guest daemon to get ready, or saves at once where there is none.
+    pub(super) fn begin_save(&mut self, ctx: &mut Context) {
+        let asked = self.welcome_guest().map(|g| g.link.session.open(&GuestPrepareSnapshot {}, true));
+        match asked {
+            Some(Ok(stream)) => {
+                self.preparing = Some(stream);
+                self.set_timer(ctx, CapsuleTimer::Prepare, PREPARE_TIMEOUT_MS);
+            }
+            _ => self.save(ctx),
+        }
+    }
+
+    /// The guest daemon has answered, its time is over, or it is gone.
+    pub fn on_prepared(&mut self, ctx: &mut Context) {
+        if self.preparing.take().is_some() {
+            ctx.timers.clear(TimerKey::Capsule(self.key, CapsuleTimer::Prepare));
+            self.save(ctx);
+        }
+    }
+
+    fn save(&mut self, ctx: &mut Context) {
+        // What is told of it meanwhile waits in its descriptors until it is back.
+        let Some(machine) = self.machine.take() else {
+            self.submit_nothing_to_save(ctx);
+            return;
+        };
+        self.record.generation += 1;
+        self.record.kept.envd_version.clone_from(&self.envd_version);
+        let (record, directory) = (self.record.clone(), self.directory.clone());
+        let disk = self.disk.as_ref().map(|disk| disk.image().path);
+        self.submit(ctx, move || CapsuleReport::Saved(Box::new(save(machine, record, &directory, disk))));
+    }
+
+    /// The machine ended while the guest got ready. Told by way of the loop, like any other outcome.
+    fn submit_nothing_to_save(&mut self, ctx: &mut Context) {
+        self.submit(ctx, || CapsuleReport::NotSaved);
+    }
+
+    pub(super) fn on_saved(&mut self, ctx: &mut Context, report: SaveReport) -> Vec<Event> {
+        let SaveReport { machine, record, result, took_ms } = report;
+        self.machine = Some(machine);
+        self.record = record;
+        let event = match result {
+            Ok(written) => {
+                let what = if written.is_delta { "that had changed" } else { "in all" };
+                let kib = written.memory_bytes / 1024;
+                log::info!("capsule {}: saved in {took_ms} ms, {kib} KiB of memory {what}", self.spec.id);
+                Event::Saved
+            }
+            Err(e) => Event::SaveFailed(Failure::Save(e.to_string())),
+        };
+        // Its end may have come while nobody looked.
+        self.pump_machine();
+        self.reap(ctx).into_iter().chain([event]).collect()
+    }
+
+    pub(super) fn on_restored(&mut self, ctx: &mut Context, report: RestoreReport) -> Event {
+        self.record = report.record;
+        match report.result {
+            Ok(machine) => {
+                self.watch_new_machine(ctx, machine);
+                Event::Made(Part::Machine)
+            }
+            Err(e) => {
+                self.close_metadata(ctx);
+                make_failed(Part::Machine, e)
+            }
+        }
+    }
+}
+
+/// Saves a machine and records that. Blocks.
+fn save(mut machine: Machine, mut record: Record, directory: &Path, disk: Option<PathBuf>) -> SaveReport {
+    let began = Instant::now();
+    let before = record.clone();
+    let saved = machine
+        .save(directory, record.generation, record.base, record.uid)
+        .map_err(SaveFailure::Vmm)
+        .and_then(|(image, written)| {
+            if let Some(disk) = disk {
+                let out = File::open(&disk).and_then(|file| file.sync_all());
+                out.map_err(|e| SaveFailure::Disk(disk, e))?;
+            }
+            record.image = Some(image);
+            record.write(directory).map_err(SaveFailure::Record)?;
+            Ok((image, written))
+        });
+    let result = match saved {
+        Ok((image, written)) => {
+            bring_up_to_date(image, &mut record, directory);
+            Ok(written)
+        }
+        Err(e) => {
+            record = before;
+            run_on(&mut machine, &record, directory);
+            Err(e)
+        }
+    };
+    SaveReport { machine, record, result, took_ms: began.elapsed().as_millis() }
+}
+
+/// Puts what has changed into the memory's file. Where that fails it is done when the capsule goes on.
+fn bring_up_to_date(image: Image, record: &mut Record, directory: &Path) {
+    let merged = image.merge(directory).map_err(SaveFailure::Vmm).and_then(|merged| {
+        let updated = Record { image: Some(merged), base: None, ..record.clone() };
+        updated.write(directory).map_err(SaveFailure::Record)?;
+        Ok(updated)
+    });
+    match merged {
+        Ok(updated) => *record = updated,
+        Err(e) => log::warn!("capsule {}: bringing its memory up to date: {e}", record.capsule_id),
+    }
+    clean(directory, record.image.as_ref(), record.base);
+}
+
+/// After a failure: the record is as before, and the guest goes on. A machine that cannot has to end, so
+/// that its capsule does not look as if it ran.
+fn run_on(machine: &mut Machine, record: &Record, directory: &Path) {
+    let gone_on = record.write(directory).map_err(SaveFailure::Record).and_then(|()| {
+        clean(directory, None, record.base);
+        machine.go_on().map_err(SaveFailure::Vmm)
+    });
+    if let Err(e) = gone_on {
+        log::error!("capsule {}: its guest does not go on: {e}", record.capsule_id);
+        if let Err(e) = machine.kill() {
+            log::error!("capsule {}: killing the VMM: {e}", record.capsule_id);
+        }
+    }
+}
+
+/// Starts a machine of an image and lets its guest go on. Blocks.
+pub(super) fn restore(
+    qemu: &Qemu,
+    mut spec: MachineSpec,
+    tap: Tap,
+    namespace: OwnedFd,
+    mut record: Record,
+    directory: &Path,
+) -> CapsuleReport {
+    let result = start_restored(qemu, &mut spec, tap, namespace, &mut record, directory);
+    CapsuleReport::Restored(Box::new(RestoreReport { record, result }))
+}
+
+fn start_restored(
+    qemu: &Qemu,
+    spec: &mut MachineSpec,
+    tap: Tap,
+    namespace: OwnedFd,
+    record: &mut Record,
+    directory: &Path,
+) -> Result<Machine, SaveFailure> {
+    let image = record.image.ok_or(SaveFailure::NoImage)?;
+    let merged = image.merge(directory).map_err(SaveFailure::Vmm)?;
+    spec.restore = Some(merged.open(directory).map_err(SaveFailure::Vmm)?);
+    let mut machine = qemu.start(spec, tap, namespace.as_fd()).map_err(SaveFailure::Vmm)?;
+    let process = ProcessRecord { pid: machine.pid(), start_ticks: machine.start_ticks() };
+    // Named while the capsule is still paused: an agent after this one ends it.
+    let still_paused = Record { image: Some(merged), base: None, machine: Some(process), ..record.clone() };
+    let runs = Record { image: None, base: Some(merged.memory), ..still_paused.clone() };
+    let gone_on = still_paused
+        .write(directory)
+        .map_err(SaveFailure::Record)
+        .and_then(|()| machine.wait_until_restored().map_err(SaveFailure::Vmm))
+        .and_then(|()| runs.write(directory).map_err(SaveFailure::Record))
+        .and_then(|()| machine.go_on().map_err(SaveFailure::Vmm));
+    match gone_on {
+        Ok(()) => {
+            *record = runs;
+            clean(directory, None, record.base);
+            Ok(machine)
+        }
+        Err(e) => {
+            // The guest has not run: the disk is as it was.
+            if let Err(e) = machine.kill().and_then(|()| machine.wait(KILL_TIMEOUT_MS as i32).map(drop)) {
+                log::error!("capsule {}: killing the VMM {}: {e}", record.capsule_id, machine.pid());
+            }
+            *record = Record { machine: None, ..still_paused };
+            if let Err(e) = record.write(directory) {
+                log::error!("capsule {}: its record may say that it runs: {e}", record.capsule_id);
+            }
+            let said = machine.diagnostics();
+            Err(match e {
+                SaveFailure::Vmm(e) if !said.trim().is_empty() => SaveFailure::Said(e, said.trim().into()),
+                other => other,
+            })
+        }
+    }
+}

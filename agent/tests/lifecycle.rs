@@ -1,0 +1,146 @@
+//! Pausing, resuming and snapshots through the agent as a program, in real virtual machines. Needs
+//! WRENN_TEST_DIR, a directory with `kernels/` and `images/minimal/`.
+
+mod common;
+
+use common::{Agent, Client, Place, guest_directory};
+use std::time::Instant;
+use wire::codec::Bytes;
+use wire::message::{
+    CapsuleGet, CapsuleInfo, CapsulePause, CapsuleResume, CapsuleState, Code, Done, Error, Forward, Message,
+    ProcessStart, ProcessStarted,
+};
+
+fn pause(cp: &mut Client, id: &str) -> Result<CapsuleInfo, Error> {
+    cp.ask(&CapsulePause { capsule_id: id.into() })
+}
+
+fn resume(cp: &mut Client, id: &str) -> Result<CapsuleInfo, Error> {
+    cp.ask(&CapsuleResume { capsule_id: id.into(), deadline_ms: 0 })
+}
+
+fn get(cp: &mut Client, id: &str) -> CapsuleInfo {
+    cp.ask(&CapsuleGet { capsule_id: id.into() }).expect("known")
+}
+
+/// The standard output of a shell command that succeeds.
+fn shell(cp: &mut Client, id: &str, command: &str) -> String {
+    let ran = cp.exec(id, &["/bin/sh", "-c", command]).expect("ran");
+    let text = String::from_utf8_lossy(&ran.stdout).trim().to_string();
+    assert_eq!(ran.exit_code, 0, "{command}: {text} {}", String::from_utf8_lossy(&ran.stderr));
+    text
+}
+
+/// Starts a shell command that outlives its stream.
+fn start_detached(cp: &mut Client, id: &str, command: &str) {
+    let stream = cp.session.open(&Forward { capsule_id: id.into() }, false).expect("opened");
+    let argv = ["/bin/sh", "-c", command].map(|argument| Bytes(argument.as_bytes().to_vec()));
+    let start = ProcessStart { argv: argv.to_vec(), detached: true, ..Default::default() };
+    cp.session.send_last(stream, &start).expect("sent");
+    assert_eq!(cp.answer(stream).0, ProcessStarted::KIND);
+}
+
+/// A process that counts in its memory alone, and tells when it is asked by a signal.
+const COUNTER: &str = "n=41; trap 'n=$((n+1)); echo $n >/tmp/told' USR1; echo $$ >/tmp/pid; \
+                       while :; do sleep 0.05; done";
+const ASK_COUNTER: &str = "rm -f /tmp/told; kill -USR1 $(cat /tmp/pid); while [ ! -s /tmp/told ]; do sleep 0.05; done; cat /tmp/told";
+
+#[test]
+fn a_paused_capsule_goes_on_where_it_was() {
+    let Some(guest) = guest_directory() else { return };
+    let place = Place::with_guest(0, &guest);
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let info = cp.create("cl-paused").expect("created");
+    start_detached(&mut cp, "cl-paused", COUNTER);
+    shell(&mut cp, "cl-paused", "while [ ! -s /tmp/pid ]; do sleep 0.05; done; echo kept >$HOME/file");
+    let boot_id = shell(&mut cp, "cl-paused", "cat /proc/sys/kernel/random/boot_id");
+    for round in 0..3 {
+        let begun = Instant::now();
+        let paused = pause(&mut cp, "cl-paused").expect("paused");
+        let took = begun.elapsed();
+        assert_eq!((paused.state, paused.host_ip.as_str()), (CapsuleState::Paused, info.host_ip.as_str()));
+        assert_eq!(place.remains(), ["sandboxes/cl-paused"], "only files are left");
+        let error = pause(&mut cp, "cl-paused").expect_err("paused already");
+        assert_eq!(error.code(), Code::InvalidState, "{error}");
+        let error = cp.exec("cl-paused", &["true"]).expect_err("paused");
+        assert_eq!(error.code(), Code::InvalidState, "{error}");
+        let begun = Instant::now();
+        let resumed = resume(&mut cp, "cl-paused").expect("resumed");
+        eprintln!("round {round}: paused in {took:?}, resumed in {:?}", begun.elapsed());
+        assert_eq!((resumed.state, resumed.host_ip), (CapsuleState::Running, info.host_ip.clone()));
+        assert_eq!(shell(&mut cp, "cl-paused", ASK_COUNTER), (42 + round).to_string());
+        assert_eq!(shell(&mut cp, "cl-paused", "cat $HOME/file"), "kept");
+        assert_eq!(shell(&mut cp, "cl-paused", "cat /proc/sys/kernel/random/boot_id"), boot_id);
+        let guest_time: u64 = shell(&mut cp, "cl-paused", "date +%s").parse().expect("seconds");
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("now").as_secs();
+        assert!(now.abs_diff(guest_time) <= 2, "the guest's clock is {guest_time}, it is {now}");
+    }
+    let error = resume(&mut cp, "cl-paused").expect_err("runs");
+    assert_eq!(error.code(), Code::InvalidState, "{error}");
+    let Done {} = cp.destroy("cl-paused").expect("destroyed");
+    assert_eq!(place.remains(), Vec::<String>::new());
+    assert!(agent.terminate().success());
+}
+
+#[test]
+fn a_paused_capsule_survives_its_agent() {
+    let Some(guest) = guest_directory() else { return };
+    let place = Place::with_guest(1, &guest);
+    let mut agent = Agent::start(&place);
+    let mut cp = agent.client();
+    cp.create("cl-kept").expect("created");
+    shell(&mut cp, "cl-kept", "echo in-memory >/dev/shm/file");
+    pause(&mut cp, "cl-kept").expect("paused");
+    agent.child.kill().expect("killed");
+    agent.wait();
+    // Once after a crash and once after an end in good order.
+    for _ in 0..2 {
+        let agent = Agent::start(&place);
+        let mut cp = agent.client();
+        assert_eq!(get(&mut cp, "cl-kept").state, CapsuleState::Paused);
+        resume(&mut cp, "cl-kept").expect("resumed");
+        assert_eq!(shell(&mut cp, "cl-kept", "cat /dev/shm/file"), "in-memory");
+        pause(&mut cp, "cl-kept").expect("paused again");
+        assert!(agent.terminate().success());
+        assert_eq!(place.remains(), ["sandboxes/cl-kept"]);
+    }
+    let agent = Agent::start(&place);
+    agent.client().destroy("cl-kept").expect("destroyed");
+    assert_eq!(place.remains(), Vec::<String>::new());
+}
+
+#[test]
+fn what_fails_leaves_a_capsule_as_it_was() {
+    let Some(guest) = guest_directory() else { return };
+    let place = Place::with_guest(2, &guest);
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    cp.create("cl-whole").expect("created");
+    shell(&mut cp, "cl-whole", "echo in-memory >/dev/shm/file");
+    let directory = place.directory.join("sandboxes/cl-whole");
+    // Something is in the way of the memory's file: the pause fails and the capsule runs on.
+    std::fs::create_dir(directory.join("memory-1")).expect("made");
+    let error = pause(&mut cp, "cl-whole").expect_err("in the way");
+    assert!(error.text.contains("memory-1") && error.text.ends_with("it runs on"), "{error}");
+    assert_eq!(shell(&mut cp, "cl-whole", "cat /dev/shm/file"), "in-memory");
+    std::fs::remove_dir(directory.join("memory-1")).expect("removed");
+    pause(&mut cp, "cl-whole").expect("paused");
+    // The devices' state is not there: resuming fails and the capsule stays paused.
+    let state = std::fs::read_dir(&directory).expect("listed").flatten();
+    let state = state.map(|e| e.path()).find(|p| p.to_string_lossy().contains("state-")).expect("a state");
+    let away = place.directory.join("away");
+    std::fs::rename(&state, &away).expect("moved");
+    std::fs::write(&state, b"nonsense").expect("written");
+    for _ in 0..2 {
+        let error = resume(&mut cp, "cl-whole").expect_err("no state");
+        assert!(error.text.ends_with("it is still paused"), "{error}");
+        assert_eq!(get(&mut cp, "cl-whole").state, CapsuleState::Paused);
+        assert_eq!(place.remains(), ["sandboxes/cl-whole"]);
+    }
+    std::fs::rename(&away, &state).expect("moved");
+    resume(&mut cp, "cl-whole").expect("resumed");
+    assert_eq!(shell(&mut cp, "cl-whole", "cat /dev/shm/file"), "in-memory");
+    cp.destroy("cl-whole").expect("destroyed");
+    assert_eq!(place.remains(), Vec::<String>::new());
+}
