@@ -69,7 +69,8 @@ impl std::fmt::Display for CredentialsError {
             CredentialsError::Missing(path) => write!(
                 f,
                 "this host is not registered ({} is not there): create a host in the control plane (POST \
-                 /v1/hosts), then run `wrenn-agent --register TOKEN --address IP:PORT` with WRENN_CP_URL set",
+                 /v1/hosts), then run `wrenn-agent --register - --address IP:PORT` with WRENN_CP_URL set and the \
+                 token on standard input",
                 path.display()
             ),
             CredentialsError::Io { step, path, source } => {
@@ -77,7 +78,8 @@ impl std::fmt::Display for CredentialsError {
             }
             CredentialsError::Malformed(path) => write!(
                 f,
-                "{} is damaged: get a new registration token (POST /v1/hosts/ID/token) and register again",
+                "{} is damaged: delete this host in the control plane (DELETE /v1/hosts/ID), create it anew (POST \
+                 /v1/hosts) and register with the token of that",
                 path.display()
             ),
         }
