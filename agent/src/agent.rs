@@ -145,6 +145,7 @@ impl Agent {
         let mut events = Events::with_capacity(EVENTS);
         self.ctx.update_clock();
         self.plan_registration();
+        self.sample_usage();
         loop {
             let timeout = self.next_wait();
             match self.poll.poll(&mut events, Some(timeout)) {
@@ -281,6 +282,9 @@ impl Agent {
                     self.apply(key, event);
                 }
             }
+            Report::NetworkChanged { waiter, capsule_id, result } => {
+                self.on_network_changed(waiter, &capsule_id, result);
+            }
             Report::Registration(report) => {
                 self.registration.on_report(report, self.ctx.now_ms());
                 if let Some(verifier) = self.registration.take_new_verifier() {
@@ -311,6 +315,7 @@ impl Agent {
                     self.ctx.workers.submit(move || Report::Registration(job()));
                 }
             }
+            TimerKey::Sample => self.sample_usage(),
             TimerKey::Shutdown => {
                 log::error!("{} capsules are left after the time for shutting down", self.capsules.len());
                 let left = self.capsules.values().filter(|c| c.state() != CapsuleState::Paused).count();

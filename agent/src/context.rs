@@ -5,7 +5,7 @@ use crate::capsule::{CapsuleKey, CapsuleReport, CapsuleTimer, Source as CapsuleS
 use crate::config::Config;
 use crate::disk::Backend;
 use crate::layout::{Kernel, Layout};
-use crate::net::SlotAllocator;
+use crate::net::{NetError, SlotAllocator};
 use crate::registration::Report as RegistrationReport;
 use crate::vmm::qemu::Qemu;
 use crate::worker::Workers;
@@ -18,6 +18,7 @@ use std::time::Instant;
 use wire::auth::NONCE_LEN;
 use wire::reactor::Timers;
 use wire::reactor::sys::random;
+use wire::session::StreamId;
 
 /// The number of a control plane's connection, never used twice.
 pub type PeerId = u64;
@@ -44,6 +45,8 @@ pub enum TimerKey {
     Capsule(CapsuleKey, CapsuleTimer),
     /// The next call to the control plane.
     Registration,
+    /// What capsules use is looked at again.
+    Sample,
     /// Shutting down has taken too long.
     Shutdown,
 }
@@ -55,6 +58,15 @@ pub enum Report {
     Capsule(CapsuleKey, CapsuleReport),
     /// Of a call to the control plane.
     Registration(RegistrationReport),
+    /// Of a change of what a capsule may reach. The capsule may be gone by now.
+    NetworkChanged {
+        /// Who waits for it.
+        waiter: (PeerId, StreamId),
+        /// Which capsule.
+        capsule_id: String,
+        /// How it ended.
+        result: Result<(), NetError>,
+    },
 }
 
 /// What the host offers to capsules.

@@ -43,6 +43,11 @@ impl Agent {
                 forward.to_guest.push_message(kind, body, cost);
                 self.pump_forward(id, stream);
             }
+            Some(StreamUse::AwaitCreate(policy)) => {
+                let policy = std::mem::take(&mut **policy);
+                peer.link.session.release(stream, cost);
+                self.on_create_with((id, stream), policy, kind, body);
+            }
             Some(StreamUse::AwaitInner(key)) => {
                 let key = *key;
                 peer.link.session.release(stream, cost);
@@ -80,6 +85,12 @@ impl Agent {
                 forward.to_guest.push_end();
                 self.pump_forward(id, stream);
             }
+            Some(StreamUse::AwaitCreate(_)) => {
+                let text =
+                    "a CapsuleNetwork message without a capsule id has to be followed by CapsuleCreate";
+                self.answer_error((id, stream), Code::InvalidRequest, text);
+            }
+            Some(StreamUse::Changing) => {}
             Some(StreamUse::AwaitInner(_)) => {
                 let text = "a Forward message has to be followed by a message for the capsule";
                 self.answer_error((id, stream), Code::InvalidRequest, text);

@@ -12,6 +12,7 @@
 //! - [`vmm`]: the virtual machine monitors (QEMU)
 //! - [`sys`]: the kernel interfaces the above need, the only home of `unsafe`
 
+mod access;
 pub mod agent;
 pub mod capsule;
 pub mod cli;
@@ -21,6 +22,7 @@ pub mod cp_client;
 pub mod disk;
 pub mod forward;
 pub mod layout;
+pub mod metrics;
 pub mod net;
 pub mod pipe;
 pub mod registration;

@@ -7,6 +7,7 @@ use crate::capsule::spec::{self, MAX_DEADLINE_MS, Reserved};
 use crate::capsule::{Capsule, CapsuleKey, CapsuleTimer, MAX_WAITERS, Spec};
 use crate::context::{PeerId, TimerKey};
 use crate::forward::Forward;
+use crate::net::Policy;
 use crate::sys::resources;
 use mio::Token;
 use std::collections::{BTreeMap, VecDeque};
@@ -43,6 +44,10 @@ pub enum StreamUse {
     Calling(CapsuleKey),
     /// It waits for a capsule to be gone.
     Destroying(CapsuleKey),
+    /// It waits for a capsule's network to be changed.
+    Changing,
+    /// The next message makes a capsule, which may reach this.
+    AwaitCreate(Box<Policy>),
     /// It is to go on into a capsule and its first message has not come.
     AwaitInner(CapsuleKey),
     /// It goes on into a capsule.
@@ -91,12 +96,18 @@ impl Agent {
         let handled = match kind {
             Health::KIND => Health::decode(body).map(|_| self.on_health(waiter)),
             HostStatus::KIND => HostStatus::decode(body).map(|_| self.on_host_status(waiter)),
-            CapsuleCreate::KIND => CapsuleCreate::decode(body).map(|m| self.on_create(waiter, &m)),
+            CapsuleCreate::KIND => CapsuleCreate::decode(body).map(|m| self.on_create(waiter, &m, None)),
             CapsuleDestroy::KIND => CapsuleDestroy::decode(body).map(|m| self.on_destroy(waiter, &m)),
             CapsulePause::KIND => CapsulePause::decode(body).map(|m| self.on_pause(waiter, &m)),
             CapsuleResume::KIND => CapsuleResume::decode(body).map(|m| self.on_resume(waiter, &m)),
             CapsuleGet::KIND => CapsuleGet::decode(body).map(|m| self.on_get(waiter, &m)),
             CapsuleList::KIND => CapsuleList::decode(body).map(|_| self.on_list(waiter)),
+            message::CapsuleNetwork::KIND => {
+                message::CapsuleNetwork::decode(body).map(|m| self.on_network(waiter, &m))
+            }
+            message::CapsuleMetrics::KIND => {
+                message::CapsuleMetrics::decode(body).map(|m| self.on_metrics(waiter, &m))
+            }
             message::Forward::KIND => message::Forward::decode(body).map(|m| self.on_forward(waiter, &m)),
             _ => {
                 let text = format!("message kind {kind:#06x} is not one that a host agent answers");
@@ -109,7 +120,7 @@ impl Agent {
         }
     }
 
-    fn answer_malformed(&mut self, waiter: (PeerId, StreamId), kind: u16, error: DecodeError) {
+    pub(crate) fn answer_malformed(&mut self, waiter: (PeerId, StreamId), kind: u16, error: DecodeError) {
         let text = format!("message kind {kind:#06x} is malformed: {error}");
         self.answer_error(waiter, Code::InvalidRequest, text);
     }
@@ -154,7 +165,13 @@ impl Agent {
         })
     }
 
-    fn on_create(&mut self, waiter: (PeerId, StreamId), request: &CapsuleCreate) {
+    /// Makes a capsule, with what it may reach where that was said.
+    pub(crate) fn on_create(
+        &mut self,
+        waiter: (PeerId, StreamId),
+        request: &CapsuleCreate,
+        policy: Option<Policy>,
+    ) {
         let refusal = |code: Code, text: String| Err((code, text));
         let admitted = if self.is_stopping() {
             refusal(Code::ShuttingDown, "the host agent is shutting down; try another host".into())
@@ -165,14 +182,19 @@ impl Agent {
         } else {
             Spec::admit(request, &self.ctx.host, self.reserved()).map_err(|e| (e.code(), e.to_string()))
         };
-        let begun = admitted.and_then(|spec| self.begin_create(waiter, spec));
+        let begun = admitted.and_then(|spec| self.begin_create(waiter, spec, policy));
         if let Err((code, text)) = begun {
             log::info!("capsule {:?} not admitted: {text}", request.capsule_id);
             self.answer_error(waiter, code, text);
         }
     }
 
-    fn begin_create(&mut self, waiter: (PeerId, StreamId), spec: Spec) -> Result<(), (Code, String)> {
+    fn begin_create(
+        &mut self,
+        waiter: (PeerId, StreamId),
+        spec: Spec,
+        policy: Option<Policy>,
+    ) -> Result<(), (Code, String)> {
         let directory =
             self.ctx.host.layout.capsule(&spec.id).map_err(|e| (Code::InvalidRequest, e.to_string()))?;
         let slot = self.ctx.slots.allocate();
@@ -189,6 +211,9 @@ impl Agent {
         let key = self.insert_capsule(|key| {
             let mut capsule = Capsule::new(key, spec, directory, slot, now_ms);
             capsule.creator = Some(waiter);
+            if let Some(policy) = policy {
+                capsule.policy = policy;
+            }
             capsule
         });
         self.use_stream(waiter, StreamUse::Creating(key));

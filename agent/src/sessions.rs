@@ -185,6 +185,8 @@ impl Agent {
                     capsule.destroyers.retain(|w| *w != (id, stream));
                 }
             }
+            // What was begun is finished all the same.
+            StreamUse::Changing | StreamUse::AwaitCreate(_) => {}
             StreamUse::Forward(forward) => {
                 let Some(capsule) = self.capsules.get_mut(&forward.capsule) else { return };
                 if capsule.forwards.remove(&forward.inner).is_some()

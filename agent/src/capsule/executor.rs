@@ -8,7 +8,7 @@ use super::saving::{RestoreReport, SaveReport};
 use super::{Capsule, CapsuleTimer, FIRST_UID, GuestLink, MIB, Source, record};
 use crate::context::{Context, Report, Source as LoopSource, TimerKey};
 use crate::disk::{self, Disk, DiskError, DiskSpec};
-use crate::net::{CapsuleNetwork, NetError, Policy, Tap, destroy_remains};
+use crate::net::{CapsuleNetwork, NetError, Tap, destroy_remains};
 use crate::vmm::Machine;
 use std::fmt;
 use std::io;
@@ -101,13 +101,15 @@ impl Capsule {
         self.network_attempts += 1;
         self.record.slot = Some(slot.index());
         let (record, directory) = (self.record.clone(), self.directory.clone());
-        let policy = Policy::internet(self.spec.allow_internet);
+        let wanted = self.policy.clone();
         self.submit(ctx, move || {
             CapsuleReport::NetworkMade(
                 record
                     .write(&directory)
+                    // A capsule that was there before has what was last asked for.
+                    .and_then(|()| wanted.load_or_save(&directory))
                     .map_err(NetworkFailure::Record)
-                    .and_then(|()| CapsuleNetwork::create(slot, &policy).map_err(NetworkFailure::Net)),
+                    .and_then(|policy| CapsuleNetwork::create(slot, &policy).map_err(NetworkFailure::Net)),
             )
         });
     }

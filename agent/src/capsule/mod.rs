@@ -7,6 +7,7 @@
 //! - `machine`: starting the virtual machine, watching it, and its end
 //! - `saving`: pausing it and letting it go on
 //! - `guest`: the way to the guest daemon
+//! - `watch`: changing what it may reach, and what it uses
 //! - [`metadata`]: the guest's metadata service
 //! - [`record`]: what a capsule owns, on disk
 //! - [`recovery`]: clearing away what an agent that died has left
@@ -22,6 +23,7 @@ mod executor;
 mod guest;
 mod machine;
 mod saving;
+mod watch;
 
 pub use executor::CapsuleReport;
 pub use guest::{Greeting, GuestLink, GuestSession};
@@ -30,7 +32,8 @@ pub use spec::{Spec, SpecError};
 
 use crate::context::{Context, PeerId, TimerKey};
 use crate::disk::Disk;
-use crate::net::{CapsuleNetwork, GUEST_ADDRESS, Slot, Tap};
+use crate::metrics::{Probe, Usage};
+use crate::net::{CapsuleNetwork, GUEST_ADDRESS, Policy, Slot, Tap};
 use crate::vmm::Machine;
 use lifecycle::{Action, Event, Lifecycle};
 use metadata::MetadataService;
@@ -110,6 +113,12 @@ pub struct Capsule {
     pub forwards: BTreeMap<StreamId, Waiter>,
     /// When it was asked for, in the agent's milliseconds.
     pub begun_ms: u64,
+    /// What its guest may reach at first. What holds later is in its directory.
+    pub policy: Policy,
+    /// What it used.
+    pub usage: Usage,
+    probe: Option<Probe>,
+    disk_bytes: Option<u64>,
     directory: PathBuf,
     record: Record,
     secret: Vec<u8>,
@@ -178,6 +187,10 @@ impl Capsule {
     ) -> Capsule {
         Capsule {
             key,
+            policy: Policy::internet(spec.allow_internet),
+            usage: Usage::default(),
+            probe: None,
+            disk_bytes: None,
             spec,
             lifecycle: Lifecycle::new(),
             guest: GuestLink::Down,

@@ -166,7 +166,7 @@ impl PolicyHandle {
             return Err(NetError::Superseded { revision: policy.revision, by: access.revision });
         }
         let file = |e| NetError::system("writing the network policy to", directory.display())(e);
-        let before = Policy::load(directory).map_err(file)?;
+        let before = Policy::load(directory).map_err(file)?.unwrap_or_default();
         policy.save(directory).map_err(file)?;
         self.apply(&mut access, policy).inspect_err(|_| {
             let restored =

@@ -193,18 +193,27 @@ impl Policy {
         File::open(directory)?.sync_all()
     }
 
-    /// The policy in a capsule's directory; [`Policy::CLOSED`] where there is none. Blocks.
+    /// The policy in a capsule's directory; this one, which is then written there, where there is none yet.
+    /// Blocks.
+    pub fn load_or_save(self, directory: &Path) -> io::Result<Policy> {
+        match Policy::load(directory)? {
+            Some(policy) => Ok(policy),
+            None => self.save(directory).map(|()| self),
+        }
+    }
+
+    /// The policy in a capsule's directory; `None` where there is none. Blocks.
     ///
     /// # Errors
     /// It cannot be read; then nobody knows what was allowed, and nothing should be.
-    pub fn load(directory: &Path) -> io::Result<Policy> {
+    pub fn load(directory: &Path) -> io::Result<Option<Policy>> {
         let path = directory.join(FILE_NAME);
         match fs::metadata(&path) {
             Ok(m) if m.len() > MAX_FILE_BYTES => {
                 Err(io::Error::new(io::ErrorKind::InvalidData, "the network policy is too long"))
             }
-            Ok(_) => Ok(serde_json::from_slice(&fs::read(&path)?)?),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Policy::CLOSED),
+            Ok(_) => Ok(Some(serde_json::from_slice(&fs::read(&path)?)?)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(e),
         }
     }
@@ -357,7 +366,7 @@ mod tests {
     fn a_policy_outlives_its_agent_in_the_capsules_directory() {
         let directory = std::env::temp_dir().join(format!("wrenn-policy-{}", std::process::id()));
         fs::create_dir(&directory).expect("made");
-        assert_eq!(Policy::load(&directory).expect("none"), Policy::CLOSED);
+        assert_eq!(Policy::load(&directory).expect("none"), None);
         let order = Order {
             revision: 7,
             allow: vec!["tcp 1.1.1.1/32 443-443".into()],
@@ -368,8 +377,8 @@ mod tests {
         };
         let policy = Policy::of(&order).expect("good");
         assert!(policy.lets_out() && !policy.allow_internet);
-        policy.save(&directory).expect("saved");
-        assert_eq!(Policy::load(&directory).expect("loaded"), policy);
+        policy.clone().load_or_save(&directory).expect("saved");
+        assert_eq!(Policy::OPEN.load_or_save(&directory).expect("loaded"), policy);
         for bad in ["", "{", "{}", "{\"allow_internet\":true,\"allow\":[\"x\"]}"] {
             fs::write(directory.join(FILE_NAME), bad).expect("written");
             assert!(Policy::load(&directory).is_err(), "{bad:?}");

@@ -18,6 +18,7 @@
 //!
 //! What the control plane needs too is in `wire::reactor::sys`.
 
+pub mod clock;
 pub mod dm;
 pub mod kvm;
 pub mod loopdev;

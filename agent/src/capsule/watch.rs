@@ -1,0 +1,48 @@
+//! What is asked about a capsule that runs: to change what it may reach, and what it uses.
+
+use super::{Capsule, Waiter};
+use crate::context::{Context, Report};
+use crate::metrics::Probe;
+use crate::net::Policy;
+use wire::message::CapsuleState;
+
+impl Capsule {
+    /// Begins to change what its guest may reach; [`Report::NetworkChanged`] follows.
+    ///
+    /// # Errors
+    /// Why that cannot be done now, for a person.
+    pub fn change_network(&self, ctx: &Context, policy: Policy, waiter: Waiter) -> Result<(), String> {
+        let (state, network) = (self.state(), self.network.as_ref());
+        let Some(network) = network.filter(|_| state == CapsuleState::Running) else {
+            return Err(format!("the capsule is {}; this needs one that is running", state.name()));
+        };
+        let (handle, directory, id) = (network.policy_handle(), self.directory.clone(), self.spec.id.clone());
+        ctx.workers.submit(move || {
+            let result = handle.change(&policy, &directory);
+            Report::NetworkChanged { waiter, capsule_id: id, result }
+        });
+        Ok(())
+    }
+
+    /// Notes what it uses now, if its VMM runs. Its disk is asked only with `with_disk`.
+    pub fn sample_usage(&mut self, unix_ms: u64, with_disk: bool) {
+        let Some(machine) = &self.machine else {
+            self.probe = None;
+            return;
+        };
+        let pid = machine.pid();
+        if self.probe.as_ref().is_none_or(|probe| probe.pid() != pid) {
+            self.probe = Probe::new(pid, self.spec.vcpus).ok();
+            self.disk_bytes = None;
+        }
+        if with_disk || self.disk_bytes.is_none() {
+            self.disk_bytes = self.disk.as_ref().and_then(|disk| disk.allocated_bytes().ok());
+        }
+        let Some(probe) = &mut self.probe else { return };
+        match probe.sample(self.disk_bytes.unwrap_or(0)) {
+            Ok(sample) => self.usage.push(unix_ms, sample),
+            // It has ended, and its end is yet to be noticed.
+            Err(_) => self.probe = None,
+        }
+    }
+}
