@@ -348,6 +348,13 @@ impl Agent {
                 }
             }
             CapsuleTimer::Metadata => capsule.on_metadata_timer(&mut self.ctx),
+            CapsuleTimer::Idle => {
+                if capsule.is_idle(&mut self.ctx) {
+                    log::info!("capsule {}: idle for {} s", capsule.spec.id, capsule.spec.timeout_sec);
+                    capsule.begun_ms = now_ms;
+                    self.apply(key, LifeEvent::Pause);
+                }
+            }
             CapsuleTimer::Prepare => {
                 log::warn!("capsule {}: its guest did not get ready to be saved in time", capsule.spec.id);
                 capsule.on_prepared(&mut self.ctx);
@@ -392,6 +399,7 @@ impl Agent {
         match action {
             Action::Created => {
                 log::info!("capsule {id}: running after {elapsed_ms} ms");
+                capsule.note_use(&mut self.ctx);
                 let waiter = capsule.creator.take();
                 let info = capsule.info(&self.ctx);
                 if let Some(waiter) = waiter {
@@ -406,6 +414,7 @@ impl Agent {
             }
             Action::Finished(work) => {
                 log::info!("capsule {id}: {} after {elapsed_ms} ms", work.done());
+                capsule.note_use(&mut self.ctx);
                 let caller = capsule.caller.take();
                 let info = capsule.info(&self.ctx);
                 if let Some(caller) = caller {
@@ -415,6 +424,7 @@ impl Agent {
             Action::Failed(work, failure) => {
                 let state = capsule.state();
                 log::warn!("capsule {id}: not {}: {failure}", work.done());
+                capsule.note_use(&mut self.ctx);
                 if let Some(caller) = capsule.caller.take() {
                     let text = match state {
                         CapsuleState::Running => format!("{failure}; it runs on"),

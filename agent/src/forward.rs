@@ -130,6 +130,7 @@ impl Agent {
         match guest.link.session.open_raw(payload, false) {
             Ok(inner) => {
                 capsule.forwards.insert(inner, waiter);
+                capsule.note_use(&mut self.ctx);
                 let forward =
                     Forward { capsule: key, inner, to_guest: Pipe::default(), to_peer: Pipe::default() };
                 self.use_stream(waiter, StreamUse::Forward(Box::new(forward)));
@@ -206,6 +207,7 @@ impl Agent {
             && let Some(capsule) = self.capsules.get_mut(&forward.capsule)
         {
             capsule.forwards.remove(&forward.inner);
+            capsule.note_use(&mut self.ctx);
         }
     }
 

@@ -14,8 +14,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use wire::codec::DecodeError;
 use wire::message::{
-    self as message, CapsuleCreate, CapsuleDestroy, CapsuleGet, CapsuleList, CapsulePause, CapsuleResume,
-    CapsuleState, Code, Done, Health, HealthReply, HostStatus, HostStatusReply, Message,
+    self as message, CapsuleCreate, CapsuleDestroy, CapsuleGet, CapsuleList, CapsulePause, CapsulePing,
+    CapsuleResume, CapsuleState, Code, Done, Health, HealthReply, HostStatus, HostStatusReply, Message,
 };
 use wire::reactor::Link;
 use wire::session::{Event, SendError, StreamId};
@@ -100,6 +100,7 @@ impl Agent {
             CapsuleDestroy::KIND => CapsuleDestroy::decode(body).map(|m| self.on_destroy(waiter, &m)),
             CapsulePause::KIND => CapsulePause::decode(body).map(|m| self.on_pause(waiter, &m)),
             CapsuleResume::KIND => CapsuleResume::decode(body).map(|m| self.on_resume(waiter, &m)),
+            CapsulePing::KIND => CapsulePing::decode(body).map(|m| self.on_ping(waiter, &m)),
             CapsuleGet::KIND => CapsuleGet::decode(body).map(|m| self.on_get(waiter, &m)),
             CapsuleList::KIND => CapsuleList::decode(body).map(|_| self.on_list(waiter)),
             message::CapsuleNetwork::KIND => {
@@ -257,6 +258,19 @@ impl Agent {
                 self.ctx.timers.set(TimerKey::Capsule(key, CapsuleTimer::Deadline), at);
             }
             Err((code, text)) => self.answer_error(waiter, code, text),
+        }
+    }
+
+    fn on_ping(&mut self, waiter: (PeerId, StreamId), request: &CapsulePing) {
+        let Some(key) = self.find(waiter, &request.capsule_id) else { return };
+        let Some(capsule) = self.capsules.get_mut(&key) else { return };
+        let state = capsule.state();
+        if state == CapsuleState::Running {
+            capsule.note_use(&mut self.ctx);
+            self.answer(waiter, &Done {});
+        } else {
+            let text = format!("the capsule is {}, not running", state.name());
+            self.answer_error(waiter, Code::InvalidState, text);
         }
     }
 

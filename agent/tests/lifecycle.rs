@@ -3,12 +3,12 @@
 
 mod common;
 
-use common::{Agent, Client, Place, guest_directory};
-use std::time::Instant;
+use common::{Agent, Client, Place, creation, guest_directory};
+use std::time::{Duration, Instant};
 use wire::codec::Bytes;
 use wire::message::{
-    CapsuleGet, CapsuleInfo, CapsulePause, CapsuleResume, CapsuleState, Code, Done, Error, Forward, Message,
-    ProcessStart, ProcessStarted,
+    CapsuleCreate, CapsuleGet, CapsuleInfo, CapsulePause, CapsulePing, CapsuleResume, CapsuleState, Code,
+    Done, Error, Forward, Message, ProcessStart, ProcessStarted,
 };
 
 fn pause(cp: &mut Client, id: &str) -> Result<CapsuleInfo, Error> {
@@ -142,5 +142,32 @@ fn what_fails_leaves_a_capsule_as_it_was() {
     resume(&mut cp, "cl-whole").expect("resumed");
     assert_eq!(shell(&mut cp, "cl-whole", "cat /dev/shm/file"), "in-memory");
     cp.destroy("cl-whole").expect("destroyed");
+    assert_eq!(place.remains(), Vec::<String>::new());
+}
+
+#[test]
+fn an_idle_capsule_is_paused_unless_somebody_pings() {
+    let Some(guest) = guest_directory() else { return };
+    let place = Place::with_guest(3, &guest);
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let request = CapsuleCreate { timeout_sec: 2, ..creation("cl-idle") };
+    let _: CapsuleInfo = cp.ask(&request).expect("created");
+    let ping = CapsulePing { capsule_id: "cl-idle".into() };
+    for _ in 0..6 {
+        std::thread::sleep(Duration::from_millis(500));
+        let Done {} = cp.ask(&ping).expect("runs");
+    }
+    // A command that takes longer than that is use.
+    assert_eq!(shell(&mut cp, "cl-idle", "sleep 3; echo awake"), "awake");
+    let end = Instant::now() + Duration::from_secs(30);
+    while get(&mut cp, "cl-idle").state != CapsuleState::Paused {
+        assert!(Instant::now() < end, "it is not paused");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let error = cp.ask::<_, Done>(&ping).expect_err("paused");
+    assert_eq!(error.code(), Code::InvalidState, "{error}");
+    resume(&mut cp, "cl-idle").expect("resumed");
+    cp.destroy("cl-idle").expect("destroyed");
     assert_eq!(place.remains(), Vec::<String>::new());
 }

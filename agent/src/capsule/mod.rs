@@ -88,6 +88,8 @@ pub enum CapsuleTimer {
     Metadata,
     /// The guest has had its time to get ready for being saved.
     Prepare,
+    /// It may have been idle for its `timeout_sec`.
+    Idle,
 }
 
 /// Somebody who waits for an answer: a stream of a control plane's session.
@@ -113,6 +115,8 @@ pub struct Capsule {
     pub forwards: BTreeMap<StreamId, Waiter>,
     /// When it was asked for, in the agent's milliseconds.
     pub begun_ms: u64,
+    /// When somebody last had to do with it, in the agent's milliseconds.
+    pub active_ms: u64,
     /// What its guest may reach at first. What holds later is in its directory.
     pub policy: Policy,
     /// What it used.
@@ -199,6 +203,7 @@ impl Capsule {
             destroyers: Vec::new(),
             forwards: BTreeMap::new(),
             begun_ms: now_ms,
+            active_ms: now_ms,
             directory,
             record,
             secret,
@@ -264,6 +269,37 @@ impl Capsule {
             }
         }
         for_others
+    }
+
+    /// It is in use, or begins to run: its idle time starts anew.
+    pub fn note_use(&mut self, ctx: &mut Context) {
+        self.active_ms = ctx.now_ms();
+        self.watch_idleness(ctx);
+    }
+
+    /// Whether it has been idle for its time; where it has not, it is looked at again when it may be. One
+    /// that somebody has a stream to is not idle.
+    pub fn is_idle(&mut self, ctx: &mut Context) -> bool {
+        if !self.forwards.is_empty() {
+            self.active_ms = ctx.now_ms();
+        }
+        let idle_ms = ctx.now_ms() - self.active_ms;
+        let is_idle = self.spec.timeout_sec > 0 && idle_ms >= self.idle_limit_ms();
+        if !is_idle {
+            self.watch_idleness(ctx);
+        }
+        is_idle
+    }
+
+    fn idle_limit_ms(&self) -> u64 {
+        u64::from(self.spec.timeout_sec) * 1000
+    }
+
+    fn watch_idleness(&self, ctx: &mut Context) {
+        if self.spec.timeout_sec > 0 && self.state() == CapsuleState::Running {
+            let at = self.active_ms + self.idle_limit_ms();
+            ctx.timers.set(TimerKey::Capsule(self.key, CapsuleTimer::Idle), at);
+        }
     }
 
     /// What is told of it.

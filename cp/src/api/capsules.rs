@@ -1,6 +1,6 @@
 //! `/v1/capsules`: the team's capsules. [`super::capsule_create`] makes them.
 
-use super::capsule_access::{find, no_such_capsule, wrong_state};
+use super::capsule_access::{find, no_such_capsule};
 use super::host_delete::{ALIVE, DESTROY_TIMEOUT_MS};
 use super::principal::Principal;
 use crate::audit::{self, Event};
@@ -31,22 +31,6 @@ pub fn get(request: Request, context: &Arc<Context>) -> Flow {
             find(sql, &principal, request.param("id"))
         })?;
         Step::respond(Response::json(200, &capsule))
-    })
-}
-
-/// `POST /v1/capsules/{id}/ping`: it is still needed.
-pub fn ping(request: Request, context: &Arc<Context>) -> Flow {
-    let context = Arc::clone(context);
-    Step::database(move |db| {
-        db.read(|sql| {
-            let principal = Principal::of(sql, &context, &request)?;
-            let capsule = find(sql, &principal, request.param("id"))?;
-            if capsule.status != CapsuleState::Running {
-                return Err(wrong_state(&capsule, "running").into());
-            }
-            Ok(capsules::touch(sql, &capsule.id)?)
-        })?;
-        Step::respond(Response::no_content())
     })
 }
 

@@ -2,7 +2,7 @@
 
 use crate::audit::{self, Actor, Event};
 use crate::db::{Sql, Stop, capsules, hosts};
-use crate::hosts::reconciler::{self, LIST_TIMEOUT_MS, Repair};
+use crate::hosts::reconciler::{self, HELD, LIST_TIMEOUT_MS, Repair};
 use crate::http::context::Context;
 use crate::http::handler::{Flow, HostCall, Job, Response, Step};
 use serde_json::json;
@@ -116,14 +116,19 @@ fn carry_out(sql: &mut dyn Sql, host_id: &str, repair: Repair) -> Result<Option<
         Repair::MarkRunning(info) => {
             capsules::set_running(sql, host_id, &info)?;
         }
+        Repair::MarkPaused(info) => {
+            if capsules::set_paused(sql, host_id, &info)? {
+                log::info!("capsule {} is paused", info.capsule_id);
+            }
+        }
         Repair::MarkError { id, reason } => {
-            let from = [starting[0], starting[1], CapsuleState::Running];
+            let from = [&starting[..], &HELD[..]].concat();
             note(sql, &id, &from, CapsuleState::Error, &reason)?;
         }
         Repair::MarkMissing { id } => {
             let reason = "its host does not know it any more: its virtual machine ended, or the host was \
                           restarted";
-            note(sql, &id, &[CapsuleState::Running], CapsuleState::Missing, reason)?;
+            note(sql, &id, &HELD, CapsuleState::Missing, reason)?;
         }
         Repair::MarkStopped { id } => {
             capsules::change_state(sql, &id, &[CapsuleState::Stopping], CapsuleState::Stopped, None)?;

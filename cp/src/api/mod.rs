@@ -15,6 +15,7 @@ pub mod host_agents;
 pub mod host_delete;
 pub mod hosts;
 mod jobs;
+pub mod lifecycle;
 pub mod login;
 pub mod me;
 pub mod principal;
@@ -70,7 +71,9 @@ pub fn routes() -> Vec<Route> {
         Route::new(Post, "/v1/capsules", capsule_create::create),
         Route::new(Get, "/v1/capsules/{id}", capsules::get),
         Route::new(Delete, "/v1/capsules/{id}", capsules::delete),
-        Route::new(Post, "/v1/capsules/{id}/ping", capsules::ping),
+        Route::new(Post, "/v1/capsules/{id}/ping", lifecycle::ping),
+        Route::new(Post, "/v1/capsules/{id}/pause", lifecycle::pause),
+        Route::new(Post, "/v1/capsules/{id}/resume", lifecycle::resume),
         Route::new(Post, "/v1/capsules/{id}/exec", exec::exec),
         Route::new(Get, "/v1/capsules/{id}/processes", processes::list),
         Route::new(Delete, "/v1/capsules/{id}/processes/{selector}", processes::kill),

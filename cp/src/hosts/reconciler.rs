@@ -18,6 +18,16 @@ pub const LIST_TIMEOUT_MS: u64 = 8_000;
 /// milliseconds: longer than a create may take.
 pub const ABANDONED_MS: u64 = 60_000;
 
+/// The states of a capsule that was made and that its host has to know.
+pub const HELD: [CapsuleState; 6] = [
+    CapsuleState::Running,
+    CapsuleState::Pausing,
+    CapsuleState::Paused,
+    CapsuleState::Resuming,
+    CapsuleState::Snapshotting,
+    CapsuleState::Hibernated,
+];
+
 /// What the database knows of a capsule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
@@ -36,6 +46,8 @@ pub struct Record {
 pub enum Repair {
     /// The host has it running: note that, and what the host tells of it.
     MarkRunning(CapsuleInfo),
+    /// The host has it paused: note that, and what the host tells of it.
+    MarkPaused(CapsuleInfo),
     /// It failed.
     MarkError {
         /// `cl-…`
@@ -91,13 +103,18 @@ fn present(record: &Record, info: &CapsuleInfo) -> Option<Repair> {
             let reason = "the host reports that it failed".to_string();
             Some(Repair::MarkError { id: record.id.clone(), reason })
         }
-        // Whoever asked for it may still be about to note the answer.
-        (CapsuleState::Starting, CapsuleState::Running) => {
-            (record.age_ms >= SETTLED_MS).then(|| Repair::MarkRunning(info.clone()))
-        }
         (CapsuleState::Running | CapsuleState::Missing, CapsuleState::Running) => {
             Some(Repair::MarkRunning(info.clone()))
         }
+        (CapsuleState::Paused | CapsuleState::Missing, CapsuleState::Paused) => {
+            Some(Repair::MarkPaused(info.clone()))
+        }
+        // The host's word counts once nobody can be about to note an answer: it pauses idle capsules by
+        // itself, and what was begun is finished there whether or not anybody heard of it.
+        (_, CapsuleState::Running) => {
+            (record.age_ms >= SETTLED_MS).then(|| Repair::MarkRunning(info.clone()))
+        }
+        (_, CapsuleState::Paused) => (record.age_ms >= SETTLED_MS).then(|| Repair::MarkPaused(info.clone())),
         _ => None,
     }
 }
@@ -109,7 +126,7 @@ fn absent(record: &Record) -> Option<Repair> {
         return None;
     }
     match record.state {
-        CapsuleState::Running => Some(Repair::MarkMissing { id }),
+        state if HELD.contains(&state) => Some(Repair::MarkMissing { id }),
         CapsuleState::Stopping => Some(Repair::MarkStopped { id }),
         CapsuleState::Pending | CapsuleState::Starting if record.age_ms >= ABANDONED_MS => {
             let reason = "it was not finished: its control plane or its host stopped meanwhile".to_string();
@@ -167,6 +184,32 @@ mod tests {
     }
 
     #[test]
+    fn a_host_pauses_by_itself_and_finishes_what_nobody_waited_for() {
+        use CapsuleState::{Missing, Paused, Pausing, Resuming, Running, Snapshotting};
+        let (paused, running) = (info("cl-a", Paused), info("cl-a", Running));
+        for (state, reported, repair) in [
+            (Running, &paused, Repair::MarkPaused(paused.clone())),
+            (Pausing, &paused, Repair::MarkPaused(paused.clone())),
+            (Resuming, &paused, Repair::MarkPaused(paused.clone())),
+            (Pausing, &running, Repair::MarkRunning(running.clone())),
+            (Resuming, &running, Repair::MarkRunning(running.clone())),
+            (Snapshotting, &running, Repair::MarkRunning(running.clone())),
+            (Paused, &running, Repair::MarkRunning(running.clone())),
+        ] {
+            let compared = |age| compare(std::slice::from_ref(reported), &[record("cl-a", state, age)]);
+            assert_eq!(compared(SETTLED_MS), [repair], "{state:?}");
+            assert_eq!(compared(SETTLED_MS - 1), [], "{state:?}: the answer may be on its way");
+        }
+        let missing = [record("cl-a", Missing, 0)];
+        assert_eq!(compare(std::slice::from_ref(&paused), &missing), [Repair::MarkPaused(paused)]);
+        for state in HELD {
+            let gone = compare(&[], &[record("cl-a", state, SETTLED_MS)]);
+            assert_eq!(gone, [Repair::MarkMissing { id: "cl-a".into() }], "{state:?}");
+        }
+        assert_eq!(compare(&[info("cl-a", Pausing)], &[record("cl-a", Running, OLD)]), []);
+    }
+
+    #[test]
     fn what_should_not_be_there_is_destroyed() {
         let destroy = [Repair::Destroy { id: "cl-a".into() }];
         let here = [info("cl-a", CapsuleState::Running)];
@@ -211,7 +254,7 @@ mod tests {
             for n in 0..12 {
                 let id = format!("cl-{n}");
                 if pick(3) > 0 {
-                    let states = [CapsuleState::Running, CapsuleState::Running, CapsuleState::Error];
+                    let states = [CapsuleState::Running, CapsuleState::Paused, CapsuleState::Error];
                     world.host.insert(id.clone(), states[pick(3)]);
                 }
                 if pick(4) > 0 {
@@ -222,8 +265,13 @@ mod tests {
                         CapsuleState::Stopped,
                         CapsuleState::Missing,
                         CapsuleState::Error,
+                        CapsuleState::Pausing,
+                        CapsuleState::Paused,
+                        CapsuleState::Resuming,
+                        CapsuleState::Snapshotting,
                     ];
-                    let record = Record { is_here: pick(5) > 0, ..record(&id, states[pick(6)], OLD) };
+                    let state = states[pick(states.len())];
+                    let record = Record { is_here: pick(5) > 0, ..record(&id, state, OLD) };
                     world.records.insert(id, record);
                 }
             }
@@ -244,14 +292,15 @@ mod tests {
         fn carry_out(&mut self, repair: Repair) {
             let (id, state) = match repair {
                 Repair::MarkRunning(info) => (info.capsule_id, CapsuleState::Running),
+                Repair::MarkPaused(info) => (info.capsule_id, CapsuleState::Paused),
                 Repair::MarkError { id, .. } => (id, CapsuleState::Error),
                 Repair::MarkMissing { id } => (id, CapsuleState::Missing),
                 Repair::MarkStopped { id } => (id, CapsuleState::Stopped),
                 Repair::Destroy { id } => {
                     let wanted = self.records.get(&id).filter(|r| r.is_here).map(|r| r.state);
-                    let runs = self.host.remove(&id) == Some(CapsuleState::Running);
-                    let is_wanted = matches!(wanted, Some(CapsuleState::Running | CapsuleState::Missing));
-                    assert!(!(runs && is_wanted), "a capsule in use was destroyed");
+                    let lives = self.host.remove(&id).is_some_and(|state| state != CapsuleState::Error);
+                    let is_wanted = wanted.is_some_and(|s| HELD.contains(&s) || s == CapsuleState::Missing);
+                    assert!(!(lives && is_wanted), "a capsule in use was destroyed");
                     return;
                 }
             };
@@ -267,13 +316,14 @@ mod tests {
                 world.repairs().into_iter().for_each(|repair| world.carry_out(repair));
             }
             for repair in world.repairs() {
-                assert!(matches!(repair, Repair::MarkRunning(_)), "seed {seed}: still {repair:?}");
+                let is_news = matches!(repair, Repair::MarkRunning(_) | Repair::MarkPaused(_));
+                assert!(is_news, "seed {seed}: still {repair:?}");
             }
             for (id, state) in &world.host {
                 let record = world.records.get(id).expect("every capsule is on record");
                 assert_eq!((record.is_here, record.state), (true, *state), "seed {seed}: {id}");
             }
-            for record in world.records.values().filter(|r| r.is_here && r.state == CapsuleState::Running) {
+            for record in world.records.values().filter(|r| r.is_here && HELD.contains(&r.state)) {
                 assert!(world.host.contains_key(&record.id), "seed {seed}: {} does not run", record.id);
             }
         }

@@ -3,9 +3,9 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use wire::message::{
-    CHANNEL_STDERR, CHANNEL_STDOUT, CapsuleCreate, CapsuleDestroy, CapsuleInfo, CapsuleList, CapsuleState,
-    Code, Done, Error, Forward, HostStatus, HostStatusReply, Message, ProcessExited, ProcessList,
-    ProcessListReply, ProcessSignal, ProcessStart, ProcessStarted,
+    CHANNEL_STDERR, CHANNEL_STDOUT, CapsuleCreate, CapsuleDestroy, CapsuleInfo, CapsuleList, CapsulePause,
+    CapsulePing, CapsuleResume, CapsuleState, Code, Done, Error, Forward, HostStatus, HostStatusReply,
+    Message, ProcessExited, ProcessList, ProcessListReply, ProcessSignal, ProcessStart, ProcessStarted,
 };
 use wrenn_cp::http::handler::{HostCall, HostError, Reply};
 
@@ -96,6 +96,19 @@ impl FakeHost {
                 push(&mut reply, &Done {});
                 Ok(reply)
             }
+            CapsulePause::KIND => {
+                assert!(call.is_detached, "a client's leaving must not stop it");
+                self.change(&decode::<CapsulePause>(first).capsule_id, CapsuleState::Paused)
+            }
+            CapsuleResume::KIND => {
+                let wanted: CapsuleResume = decode(first);
+                assert!(u64::from(wanted.deadline_ms) < call.timeout_ms, "the host gives up first");
+                self.change(&wanted.capsule_id, CapsuleState::Running)
+            }
+            CapsulePing::KIND => {
+                assert!(self.capsules.contains_key(&decode::<CapsulePing>(first).capsule_id));
+                just(&Done {})
+            }
             HostStatus::KIND => just(&HostStatusReply {
                 templates: vec!["minimal".into()],
                 memory_mb: 4096,
@@ -135,6 +148,16 @@ impl FakeHost {
         match self.lost_answers.pop_front() {
             Some(error) => Err(error),
             None => just(&info),
+        }
+    }
+
+    fn change(&mut self, id: &str, state: CapsuleState) -> Result<Reply, HostError> {
+        let info = self.capsules.get_mut(id).ok_or_else(|| not_found("such capsule"))?;
+        assert_ne!(info.state, state, "asked for what is so already");
+        info.state = state;
+        match self.lost_answers.pop_front() {
+            Some(error) => Err(error),
+            None => just(info),
         }
     }
 

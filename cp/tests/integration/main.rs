@@ -6,6 +6,7 @@ mod capsules;
 mod database;
 mod fake_host;
 mod hosts;
+mod lifecycle;
 mod migrations;
 mod postgres;
 mod reconciling;
