@@ -1,6 +1,6 @@
 #!/bin/bash
-# Makes a "test host": kernel and initramfs of a virtual machine that has what a real host has and the
-# machine of a developer often lacks (device-mapper, loop devices, TAP, KVM), and runs one program.
+# Makes a "test host": kernel, initramfs and root disk of a virtual machine that has what a real host has
+# and the machine of a developer often lacks (device-mapper, loop devices, TAP, KVM), and runs one program.
 #
 #     tests/testhost/build.sh [--cache DIR] [--output DIR]
 #
@@ -18,9 +18,16 @@ repository=$(dirname -- "$(dirname -- "$here")")
 
 # virtio for the test host's own devices, then what hosts of capsules need.
 readonly MODULES=(virtio_pci virtio_blk virtio_net virtio_console virtio-rng
-    dm-mod dm-snapshot loop tun veth nf_tables kvm-amd kvm-intel)
-# What `init` and the tests run.
-readonly PROGRAMS=(bash cat chmod head insmod mkdir mkfs.ext4 mount sleep sync umount)
+    dm-mod dm-snapshot loop tun veth kvm-amd kvm-intel
+    nf_tables nft_chain_nat nft_connlimit nft_ct nft_fib_inet nft_hash nft_limit nft_log nft_masq nft_nat nft_numgen
+    nft_objref nft_quota nft_redir nft_reject_inet nft_reject_ipv4 nft_reject_ipv6)
+# What `init` needs before there is a root.
+readonly BOOT_PROGRAMS=(bash chroot insmod mount sleep)
+# What the tests and the agent run.
+readonly PROGRAMS=(bash cat chgrp chmod fallocate ip mkdir mkfs.ext4 mount nft qemu-system-x86_64 sync umount)
+# Firmware and the like; QEMU looks for it relative to where it lies itself.
+readonly QEMU_FILES=(/usr/share/seabios/bios-256k.bin /usr/share/qemu/{qboot.rom,kvmvapic.bin,linuxboot_dma.bin,pvh.bin})
+readonly ROOT_BYTES=$((256 * 1048576))
 # Rust's unwinder, which bash is not linked with.
 readonly LIBRARIES=(libgcc_s.so.1 libm.so.6)
 
@@ -34,7 +41,7 @@ while (($#)); do
     shift 2
 done
 PATH=$PATH:/usr/sbin:/sbin
-need cpio objcopy dpkg-deb ldd "${PROGRAMS[@]}"
+need cpio objcopy dpkg-deb ldd "${BOOT_PROGRAMS[@]}" "${PROGRAMS[@]}"
 mkdir -p "$cache" "$output"
 exec 9>"$output/lock"
 flock --wait 600 9 || die "another build holds $output/lock"
@@ -45,7 +52,7 @@ library_path() {
     ldconfig -p | sed -n "s/^[[:space:]]*$1 (libc6,x86-64.*=> //p" | head -n 1
 }
 copied=()
-for program in "${PROGRAMS[@]}"; do
+for program in "${BOOT_PROGRAMS[@]}" "${PROGRAMS[@]}"; do
     copied+=("$(realpath -- "$(command -v "$program")")")
 done
 for library in "${LIBRARIES[@]}"; do
@@ -53,10 +60,10 @@ for library in "${LIBRARIES[@]}"; do
     [[ $path ]] || die "this machine has no $library"
     copied+=("$path")
 done
-recipe=$(cat -- "$here"/{build.sh,init} "$repository"/rootfs/{lib,modules}.sh "${copied[@]}" | sha256sum | cut -d ' ' -f 1)
+recipe=$(cat -- "$here"/{build.sh,init,run} "$repository"/rootfs/{lib,modules}.sh "${copied[@]}" | sha256sum | cut -d ' ' -f 1)
 if [[ $(manifest_value "$output/manifest.json" recipe_sha256) == "$recipe" &&
     $(manifest_value "$output/manifest.json" package_sha256) == "$sha256" &&
-    -s $output/vmlinuz && -s $output/initramfs.img ]]; then
+    -s $output/vmlinuz && -s $output/initramfs.img && -s $output/root.ext4 ]]; then
     exit
 fi
 
@@ -66,29 +73,45 @@ rm -f -- "$output/manifest.json"
 dpkg-deb --extract "$file" "$scratch/kernel"
 release=${package#linux-image-}
 modules=$scratch/kernel/lib/modules/$release tree=$scratch/tree
-mkdir -p "$tree"/{bin,dev,lib,lib64,modules,proc,run,sys,tmp,work}
+mkdir -p "$tree"/{bin,dev,modules,proc,root,sys}
 for module in "${MODULES[@]}"; do
     add_module "$module"
 done
 
-# copy_with_libraries FILE PLACE: a program or library, and at their own paths what it is linked with.
+# copy_with_libraries FILE ROOT PLACE: a program or library, and at their own paths what it is linked with.
 copy_with_libraries() {
     local library
-    install -D -m 0755 -- "$1" "$tree/$2"
+    install -D -m 0755 -- "$1" "$2/$3"
     while read -r library; do
-        [[ -e $tree/$library ]] || install -D -m 0755 -- "$library" "$tree/$library"
+        [[ -e $2/$library ]] || install -D -m 0755 -- "$library" "$2/$library"
     done < <(ldd "$1" | sed -n 's/^.*[[:space:]]\(\/[^ ]*\) (0x.*$/\1/p')
 }
-for program in "${PROGRAMS[@]}"; do
-    copy_with_libraries "$(command -v "$program")" "bin/$program"
-done
-for library in "${LIBRARIES[@]}"; do
-    path=$(library_path "$library")
-    copy_with_libraries "$path" "$path"
+for program in "${BOOT_PROGRAMS[@]}"; do
+    copy_with_libraries "$(command -v "$program")" "$tree" "bin/$program"
 done
 install -m 0755 "$here/init" "$tree/init"
 (cd "$tree" && find . -mindepth 1 -printf '%P\n' | sort |
     cpio --quiet --create --format=newc --owner=0:0) | gzip -1 >"$scratch/initramfs.img"
+
+root=$scratch/root
+mkdir -p "$root"/{bin,dev,etc,proc,run,sys,tmp,usr/bin,usr/sbin,var/tmp,work}
+for program in "${PROGRAMS[@]}"; do
+    copy_with_libraries "$(command -v "$program")" "$root" "usr/bin/$program"
+    ln -sf "/usr/bin/$program" "$root/bin/$program"
+done
+for library in "${LIBRARIES[@]}"; do
+    path=$(library_path "$library")
+    copy_with_libraries "$path" "$root" "$path"
+done
+for file in "${QEMU_FILES[@]}"; do
+    [[ ! -f $file ]] || install -D -m 0644 -- "$file" "$root/usr/share/qemu/${file##*/}"
+done
+printf 'root:x:0:0::/root:/bin/bash\n' >"$root/etc/passwd"
+printf 'root:x:0:\nkvm:x:104:\n' >"$root/etc/group"
+install -m 0755 "$here/run" "$root/run-tests"
+truncate -s "$ROOT_BYTES" "$scratch/root.ext4"
+mkfs.ext4 -q -F -m 0 -d "$root" "$scratch/root.ext4"
+publish "$scratch/root.ext4" "$output/root.ext4"
 publish "$scratch/initramfs.img" "$output/initramfs.img"
 publish "$scratch/kernel/boot/vmlinuz-$release" "$output/vmlinuz"
 cat >"$scratch/manifest.json" <<END

@@ -127,8 +127,11 @@ impl Capsule {
                 if let Err(e) = machine.kill() {
                     return Some(remove_failed(part, e));
                 }
-                // A process that waits for a full disk cannot end.
-                if let Err(e) = disk::release(&self.directory) {
+                // A process that waits for a full disk cannot end. One that was saved waits for nothing, and
+                // its disk is needed.
+                if self.record.image.is_none()
+                    && let Err(e) = disk::release(&self.directory)
+                {
                     log::warn!("capsule {}: releasing its disk: {e}", self.spec.id);
                 }
                 self.set_timer(ctx, CapsuleTimer::Kill, KILL_TIMEOUT_MS);

@@ -163,8 +163,10 @@ fn clear(directory: &Path, record: Option<&Record>) -> Result<(), RecoveryError>
 
 /// Ends the machine and removes the network that a record names.
 fn end_machine(directory: &Path, record: Option<&Record>) -> Result<(), RecoveryError> {
-    // A process that waits for a full disk cannot end.
-    disk::release(directory).map_err(RecoveryError::Disk)?;
+    // A process that waits for a full disk cannot end. One that was saved waits for nothing.
+    if record.is_none_or(|record| record.image.is_none()) {
+        disk::release(directory).map_err(RecoveryError::Disk)?;
+    }
     if let Some(machine) = record.and_then(|r| r.machine) {
         match Process::adopt(machine.pid, machine.start_ticks) {
             Ok(process) => kill(process)?,

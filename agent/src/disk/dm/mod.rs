@@ -147,7 +147,8 @@ pub(super) fn open(directory: &Path) -> Result<Option<MappedDisk>, DiskError> {
     let found = control.device(&name).map_err(DiskError::system("looking at", Path::new(&name)))?;
     let device = match found {
         Some(device) if device.uuid != uuid(directory)? => return Err(DiskError::NameTaken { name }),
-        Some(device) if device.active => device,
+        // A released one has lost nothing but what waited, and is made anew.
+        Some(device) if device.active && is_snapshot(&control, &name)? => device,
         rest => {
             if rest.is_some() {
                 remove_device(&control, &name)?;
@@ -334,6 +335,11 @@ impl Disk for MappedDisk {
         remove_device(&control()?, &self.name)?;
         remove_files(&self.directory)
     }
+}
+
+fn is_snapshot(control: &Control, name: &str) -> Result<bool, DiskError> {
+    let table = control.table(name).map_err(DiskError::system("looking at", Path::new(name)))?;
+    Ok(table.first().is_some_and(|target| target.kind == "snapshot"))
 }
 
 fn store(control: &Control, name: &str) -> Result<Store, DiskError> {

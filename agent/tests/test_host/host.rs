@@ -1,14 +1,19 @@
 //! The test host: a machine in QEMU, started once.
 
+use crate::common::{guest_directory, place_file};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// The file system on which the cases work.
-const WORK_BYTES: u64 = 1 << 30;
+/// The file system on which the cases work: this, and what is put there for them.
+const WORK_BYTES: u64 = 640 << 20;
 /// How long all of it may take: five times what it takes.
 const PATIENCE: Duration = Duration::from_secs(240);
+
+/// An AMD processor, whose virtualization QEMU can translate, and no more than it can.
+const CPU: &str = "EPYC,+svm,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,-nrip-save,\
+                   -xsavec";
 
 /// A directory that goes when this is dropped.
 struct Scratch(PathBuf);
@@ -26,31 +31,45 @@ pub fn run() {
     };
     let scratch = Scratch(std::env::temp_dir().join(format!("wrenn-test-host-{}", std::process::id())));
     fs::create_dir(&scratch.0).expect("a directory");
-    let (program, work, results, console) = (
-        scratch.0.join("program"),
+    let (tree, work, results, console) = (
+        scratch.0.join("tree"),
         scratch.0.join("work"),
         scratch.0.join("results"),
         scratch.0.join("console"),
     );
-    let bytes = copy_whole_sectors(&std::env::current_exe().expect("this program"), &program);
-    File::create(&work).and_then(|file| file.set_len(WORK_BYTES)).expect("a disk");
-    let made = Command::new("mkfs.ext4").args(["-q", "-m", "0"]).arg(&work).status().expect("mkfs.ext4");
-    assert!(made.success(), "mkfs.ext4: {made}");
+    let mut bytes = WORK_BYTES;
+    let mut put = |from: &Path, to: &str| {
+        let to = tree.join(to);
+        fs::create_dir_all(to.parent().expect("in the tree")).expect("a directory");
+        place_file(from, &to);
+        bytes += to.metadata().expect("placed").len();
+    };
+    put(&std::env::current_exe().expect("this program"), "program");
+    put(Path::new(env!("CARGO_BIN_EXE_wrenn-agent")), "wrenn-agent");
+    if let Some(guest) = guest_directory() {
+        put(&guest.join("images/minimal/rootfs.ext4"), "guest/images/minimal/rootfs.ext4");
+        for entry in fs::read_dir(guest.join("kernels")).expect("kernels").flatten() {
+            put(&entry.path(), &format!("guest/kernels/{}", entry.file_name().display()));
+        }
+    }
+    File::create(&work).and_then(|file| file.set_len(bytes)).expect("a disk");
+    let made = Command::new("mkfs.ext4").args(["-q", "-m", "0", "-d"]).args([&tree, &work]).status();
+    assert!(made.as_ref().is_ok_and(|status| status.success()), "mkfs.ext4: {made:?}");
     let began = Instant::now();
     let mut qemu = Command::new("qemu-system-x86_64")
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-        .args(["-M", "q35", "-accel", "tcg", "-cpu", "Nehalem,+svm", "-smp", "2", "-m", "768M"])
+        .args(["-M", "q35", "-accel", "tcg", "-cpu", CPU, "-smp", "2", "-m", "1G"])
         .arg("-kernel")
         .arg(host.join("vmlinuz"))
         .arg("-initrd")
         .arg(host.join("initramfs.img"))
         .arg("-append")
-        .arg(format!(
-            "console=ttyS0 quiet loglevel=3 mitigations=off tsc=reliable no_timer_check reboot=t panic=-1 \
-             random.trust_cpu=on wrenn.bytes={bytes}"
-        ))
+        .arg(
+            "console=ttyS0 quiet loglevel=5 mitigations=off tsc=reliable no_timer_check reboot=t panic=-1 \
+             random.trust_cpu=on",
+        )
         .args(["-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng"])
-        .args(drive("program", &program, "on"))
+        .args(drive("root", &host.join("root.ext4"), "on"))
         .args(drive("work", &work, "off"))
         .args(["-device", "virtio-serial-pci", "-chardev"])
         .arg(format!("file,id=results,path={}", results.display()))
@@ -79,20 +98,13 @@ pub fn run() {
     );
 }
 
-fn drive(name: &str, path: &Path, read_only: &str) -> [String; 4] {
+/// With `snapshot`, what is written goes with the machine.
+fn drive(name: &str, path: &Path, snapshot: &str) -> [String; 4] {
     let path = path.display();
     [
         "-drive".into(),
-        format!("if=none,id={name},file={path},format=raw,read-only={read_only},cache=unsafe"),
+        format!("if=none,id={name},file={path},format=raw,snapshot={snapshot},cache=unsafe"),
         "-device".into(),
         format!("virtio-blk-pci,drive={name}"),
     ]
-}
-
-/// A disk has whole sectors. Gives back how many bytes count.
-fn copy_whole_sectors(from: &Path, to: &Path) -> u64 {
-    let bytes = fs::copy(from, to).expect("copied");
-    let file = File::options().write(true).open(to).expect("opened");
-    file.set_len(bytes.next_multiple_of(4096)).expect("sized");
-    bytes
 }

@@ -1,13 +1,14 @@
 //! What is tried on a host that has device-mapper. Each case has a directory of its own, and must leave no
 //! device, loop device or file behind that it did not find.
 
+use crate::Case;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
-use wrenn_agent::capsule::recovery::{Summary, recover};
+use wrenn_agent::capsule::recovery::recover;
 use wrenn_agent::disk::dm::guard::Guard;
 use wrenn_agent::disk::{self, Backend, Disk, DiskError, DiskSpec, Format, Store};
 use wrenn_agent::layout::Layout;
@@ -15,12 +16,10 @@ use wrenn_agent::sys::dm::{Control, Device, Target};
 use wrenn_agent::sys::loopdev::{self, LoopDevice};
 
 const MIB: u64 = 1 << 20;
-const BASE_BYTES: u64 = 24 * MIB;
-const DISK_BYTES: u64 = 160 * MIB;
+const BASE_BYTES: u64 = 16 * MIB;
+const DISK_BYTES: u64 = 96 * MIB;
 /// In this variable: where to make and remove disks until somebody kills this process.
 const CRASH: &str = "WRENN_TEST_CRASH";
-
-type Case = (&'static str, fn(&Path));
 
 pub const CASES: &[Case] = &[
     ("the probe chooses it", the_probe_chooses_it),
@@ -36,12 +35,12 @@ pub const CASES: &[Case] = &[
     ("a store that could not write is told", a_store_that_could_not_write_is_told),
 ];
 
-/// What is on the machine and has to do with disks below this directory.
-pub fn remains(directory: &Path) -> Vec<String> {
+/// The devices and loop devices of the machine, once those that are just closed are gone.
+pub fn remains() -> Vec<String> {
     let deadline = Instant::now() + Duration::from_secs(2);
     loop {
         let mut found = control().names().expect("listed");
-        found.extend(loops_below(directory).into_iter().map(|number| format!("loop{number}")));
+        found.extend(loopdev::attached().expect("listed").into_iter().map(|number| format!("loop{number}")));
         if found.is_empty() || Instant::now() > deadline {
             return found;
         }
@@ -49,19 +48,16 @@ pub fn remains(directory: &Path) -> Vec<String> {
     }
 }
 
+/// The names of the machine's devices.
+pub fn device_names() -> Vec<String> {
+    control().names().expect("listed")
+}
+
 /// So that a case which failed spoils no other. The whole machine is the test's.
 pub fn remove_all_devices() {
     for name in control().names().expect("listed") {
         let _ = control().remove(&name);
     }
-}
-
-fn loops_below(directory: &Path) -> Vec<u32> {
-    let below = |number: &u32| {
-        let path = format!("/sys/block/loop{number}/loop/backing_file");
-        fs::read_to_string(path).is_ok_and(|file| Path::new(&file).starts_with(directory))
-    };
-    loopdev::attached().expect("listed").into_iter().filter(below).collect()
 }
 
 fn control() -> Control {
@@ -122,7 +118,8 @@ fn the_probe_chooses_it(directory: &Path) {
     assert_eq!(fs::read_dir(layout.sandboxes()).expect("listed").count(), 0);
     // What a crash in the middle of a probe leaves goes as a capsule does.
     make(&layout, "probe-1", &layout.images().join("rootfs.ext4")).expect("created");
-    assert_eq!(recover(&layout).expect("recovered"), Summary { cleared: 1, left: Vec::new() });
+    let summary = recover(&layout).expect("recovered");
+    assert_eq!((summary.cleared, summary.left), (1, Vec::new()));
 }
 
 fn disks_are_separate_and_share_their_base(directory: &Path) {
@@ -136,7 +133,7 @@ fn disks_are_separate_and_share_their_base(directory: &Path) {
         times.push(began.elapsed().as_micros());
     }
     // One for the base, one each.
-    assert_eq!(loops_below(directory).len(), 9);
+    assert_eq!(loopdev::attached().expect("listed").len(), 9);
     let places = [0, BASE_BYTES - 20, BASE_BYTES - 10, BASE_BYTES, DISK_BYTES - 20];
     for (index, disk) in disks.iter().enumerate() {
         let image = disk.image();
@@ -192,7 +189,7 @@ fn a_file_system_on_it_survives_a_reload(directory: &Path) {
     assert_eq!(Backend::open(&capsule).expect("opened").expect("there").image().path, device);
     // After a reboot the files are there and the devices are not.
     control().remove("wrenn-cl-1").expect("removed");
-    assert_eq!(remains(directory), Vec::<String>::new());
+    assert_eq!(remains(), Vec::<String>::new());
     let disk = Backend::open(&capsule).expect("opened").expect("there");
     assert_eq!(disk.virtual_bytes(), DISK_BYTES);
     run("mount", &[&disk.image().path, &mount]);
@@ -222,7 +219,7 @@ fn a_replaced_base_stays_with_its_disks(directory: &Path) {
     File::options().write(true).open(&new).and_then(|f| f.write_all_at(b"a new", 0)).expect("written");
     fs::rename(&new, &base).expect("replaced");
     let disk = make(&layout, "cl-new", &base).expect("created");
-    assert_eq!(loops_below(directory).len(), 4, "two bases");
+    assert_eq!(loopdev::attached().expect("listed").len(), 4, "two bases");
     assert_eq!(&read(&open(disk.as_ref()), 0)[..5], b"a new");
     remove(&layout, "cl-new", disk);
     control().remove("wrenn-cl-old").expect("removed");
@@ -348,7 +345,7 @@ fn a_killed_agent_leaves_what_recovery_removes(directory: &Path) {
         let summary = recover(&layout).expect("recovered");
         assert_eq!(summary.left, Vec::new(), "round {round}");
         cleared += summary.cleared;
-        assert_eq!(remains(directory), Vec::<String>::new(), "round {round}");
+        assert_eq!(remains(), Vec::<String>::new(), "round {round}");
     }
     println!("  {cleared} capsules cleared away, {active} of them with a device");
     assert!(cleared >= 24 && active > 0);
@@ -371,11 +368,8 @@ fn wait_until(name: &str, wanted: bool) -> Device {
 fn ballast(directory: &Path, leave_bytes: u64) -> PathBuf {
     let path = directory.join("ballast");
     let (_, free) = wrenn_agent::sys::resources::disk_space(directory).expect("looked");
-    let file = File::create(&path).expect("created");
-    let block = vec![1; MIB as usize];
-    for index in 0..(free - leave_bytes) / MIB {
-        file.write_all_at(&block, index * MIB).expect("written");
-    }
+    let length = format!("{}", free - leave_bytes);
+    run("fallocate", &[Path::new("--length"), Path::new(&length), &path]);
     path
 }
 
@@ -393,7 +387,7 @@ fn fill(disk: &dyn Disk) -> thread::JoinHandle<std::io::Result<()>> {
 fn a_full_store_waits_and_goes_on(directory: &Path) {
     let (layout, base) = place(directory);
     let disk = make(&layout, "cl-1", &base).expect("created");
-    // A file system of 1 GiB keeps 64 MiB: the guest gets about 36 MiB through.
+    // The file system keeps 64 MiB: the guest gets about 36 MiB through.
     let ballast = ballast(directory, 100 * MIB);
     let guard = Guard::start(&layout.sandboxes()).expect("started");
     let writer = fill(disk.as_ref());
@@ -424,8 +418,15 @@ fn a_full_store_can_be_destroyed(directory: &Path) {
     let guard = Guard::start(&layout.sandboxes()).expect("started");
     let writer = fill(disk.as_ref());
     wait_until("wrenn-cl-1", true);
-    disk::release(&layout.capsule("cl-1").expect("an id")).expect("released");
+    let capsule = layout.capsule("cl-1").expect("an id");
+    disk::release(&capsule).expect("released");
     assert!(writer.join().expect("ended").is_err(), "what waits fails");
+    // What got through is there for an agent that starts later.
+    drop(disk);
+    let disk = Backend::open(&capsule).expect("opened").expect("there");
+    let mut bytes = vec![0; MIB as usize];
+    open(disk.as_ref()).read_exact_at(&mut bytes, 0).expect("read");
+    assert!(bytes.iter().all(|byte| *byte == 0x5a));
     remove(&layout, "cl-1", disk);
     drop(guard);
 }
@@ -434,7 +435,7 @@ fn a_store_that_could_not_write_is_told(directory: &Path) {
     let (layout, base) = place(directory);
     let disk = make(&layout, "cl-1", &base).expect("created");
     // Nobody watches: room for less than the base.
-    let _ballast = ballast(directory, 8 * MIB);
+    let ballast = ballast(directory, 8 * MIB);
     assert!(fill(disk.as_ref()).join().expect("ended").is_err(), "the device fails");
     let store = disk.store().expect("looked");
     assert!(matches!(store, Store::Lost { .. }), "{store:?}");
@@ -443,8 +444,7 @@ fn a_store_that_could_not_write_is_told(directory: &Path) {
     remove(&layout, "cl-1", disk);
     // The loop devices of others are not ours to detach.
     let file = File::create(directory.join("other")).expect("created");
-    drop(_ballast);
-    fs::remove_file(directory.join("ballast")).expect("removed");
+    fs::remove_file(ballast).expect("removed");
     file.set_len(MIB).expect("sized");
     let other = LoopDevice::attach(&file, true, "other").expect("attached");
     assert_eq!(other.size_bytes().expect("looked"), MIB);

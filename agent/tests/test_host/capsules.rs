@@ -1,0 +1,97 @@
+//! Capsules as a real host runs them: guests in KVM, disks by device-mapper, through the agent as a program.
+
+use crate::Case;
+use crate::common::{Agent, Place, creation};
+use crate::disks::device_names;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Once;
+use std::time::Instant;
+use wire::message::{
+    CapsuleCreate, CapsuleInfo, CapsulePause, CapsuleResume, CapsuleState, HostStatus, HostStatusReply,
+};
+use wrenn_agent::sys::dm::Control;
+
+pub const CASES: &[Case] = &[
+    ("a capsule runs until its agent is killed", a_capsule_runs_until_its_agent_is_killed),
+    ("a paused capsule survives a reboot", a_paused_capsule_survives_a_reboot),
+];
+
+/// Where the test host has what was put there for it; `None` when it got no guest.
+fn guest() -> Option<PathBuf> {
+    static PLACED: Once = Once::new();
+    let guest = PathBuf::from("/work/guest");
+    if !guest.is_dir() {
+        println!("  SKIPPED: no guest was given");
+        return None;
+    }
+    // Where the tests look for it.
+    PLACED.call_once(|| {
+        let agent = Path::new(env!("CARGO_BIN_EXE_wrenn-agent"));
+        fs::create_dir_all(agent.parent().expect("a directory")).expect("made");
+        std::os::unix::fs::symlink("/work/wrenn-agent", agent).expect("linked");
+    });
+    Some(guest)
+}
+
+/// Guests in KVM in a translated processor are slow.
+fn slow(id: &str) -> CapsuleCreate {
+    CapsuleCreate { deadline_ms: 60_000, disk_size_mb: 2_048, ..creation(id) }
+}
+
+fn a_capsule_runs_until_its_agent_is_killed(_: &Path) {
+    let Some(guest) = guest() else { return };
+    let place = Place::with_guest(20, &guest);
+    let mut agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let status: HostStatusReply = cp.ask(&HostStatus {}).expect("status");
+    assert!(status.vmm.contains("kvm"), "{}", status.vmm);
+    let began = Instant::now();
+    let info: CapsuleInfo = cp.ask(&slow("cl-one")).expect("created");
+    let created = began.elapsed();
+    assert_eq!(cp.exec("cl-one", &["echo", "hello"]).expect("ran").stdout, b"hello\n");
+    println!("  {}: created in {created:?}, first exec after {:?}", status.vmm, began.elapsed());
+    assert_eq!(device_names(), ["wrenn-cl-one"]);
+    assert_eq!(info.disk_size_mb, 2_048);
+    // More than the image has room for.
+    let script =
+        "set -e; head -c 80000000 /dev/zero >/tmp/data; sync; head -c 80000000 /dev/zero | cmp - /tmp/data";
+    let ran = cp.exec("cl-one", &["/bin/sh", "-c", script]).expect("ran");
+    assert_eq!(ran.exit_code, 0, "{}", String::from_utf8_lossy(&ran.stderr));
+    agent.child.kill().expect("killed");
+    agent.wait();
+    assert_eq!(device_names(), ["wrenn-cl-one"]);
+    let agent = Agent::start(&place);
+    assert_eq!((place.remains(), device_names()), (Vec::new(), Vec::new()));
+    assert!(agent.terminate().success());
+}
+
+fn a_paused_capsule_survives_a_reboot(_: &Path) {
+    let Some(guest) = guest() else { return };
+    let place = Place::with_guest(22, &guest);
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let _: CapsuleInfo = cp.ask(&slow("cl-kept")).expect("created");
+    let script = "echo in memory >/dev/shm/file; echo on disk >/tmp/file";
+    assert_eq!(cp.exec("cl-kept", &["/bin/sh", "-c", script]).expect("ran").exit_code, 0);
+    let began = Instant::now();
+    let paused: CapsuleInfo = cp.ask(&CapsulePause { capsule_id: "cl-kept".into() }).expect("paused");
+    println!("  paused in {:?}", began.elapsed());
+    assert_eq!(paused.state, CapsuleState::Paused);
+    assert!(agent.terminate().success());
+    assert_eq!(device_names(), ["wrenn-cl-kept"]);
+    // What a reboot takes away.
+    Control::open().and_then(|control| control.remove("wrenn-cl-kept")).expect("removed");
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let began = Instant::now();
+    let resume = CapsuleResume { capsule_id: "cl-kept".into(), deadline_ms: 60_000 };
+    let resumed: CapsuleInfo = cp.ask(&resume).expect("resumed");
+    println!("  resumed in {:?}", began.elapsed());
+    assert_eq!(resumed.state, CapsuleState::Running);
+    let ran = cp.exec("cl-kept", &["cat", "/dev/shm/file", "/tmp/file"]).expect("ran");
+    assert_eq!(String::from_utf8_lossy(&ran.stdout), "in memory\non disk\n");
+    cp.destroy("cl-kept").expect("destroyed");
+    assert_eq!((place.remains(), device_names()), (Vec::new(), Vec::new()));
+    assert!(agent.terminate().success());
+}
