@@ -9,6 +9,7 @@
 //! | [`http`] | server loop, connections, router, what handlers see |
 //! | [`worker`] | the pool of threads with database connections |
 //! | [`hosts`] | the live sessions to hosts; scheduler and reconciler |
+//! | [`wire_clients`] | clients of the wire protocol on the public port |
 //! | [`api`] | the handlers, one file a resource, and the routing table |
 //! | [`auth`] | passwords, logins, API keys, host tokens |
 //! | [`db`] | the database connection, migrations, one file a table |
@@ -24,4 +25,5 @@ pub mod cli;
 pub mod db;
 pub mod hosts;
 pub mod http;
+pub mod wire_clients;
 pub mod worker;

@@ -37,5 +37,6 @@ pub mod message;
 #[cfg(feature = "reactor")]
 pub mod reactor;
 pub mod session;
+pub mod splice;
 #[cfg(feature = "reactor")]
 pub mod websocket;

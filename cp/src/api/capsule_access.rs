@@ -1,6 +1,6 @@
 //! From a request to the capsule that it is about, ready to be talked to.
 
-use super::principal::{Principal, authenticate, credential};
+use super::principal::{Credential, Principal, authenticate, credential};
 use crate::auth::id::Kind;
 use crate::db::capsules::{self, Capsule};
 use crate::db::{Sql, Stop};
@@ -84,21 +84,20 @@ pub fn with_capsule(
     context: &Arc<Context>,
     then: impl FnOnce(Target) -> Flow + Send + 'static,
 ) -> Flow {
-    with_capsule_as(&credential(request)?, request.param("id"), context, then)
+    with_capsule_as(credential(request)?, request.param("id"), context, then)
 }
 
-/// The same with a credential from elsewhere: an API key or a user's token.
+/// The same with a credential from elsewhere.
 ///
 /// # Errors
 /// Never by itself; the step that it gives ends with 401, 404, 409 or 503.
 pub fn with_capsule_as(
-    credential: &str,
+    credential: Credential,
     capsule_id: &str,
     context: &Arc<Context>,
     then: impl FnOnce(Target) -> Flow + Send + 'static,
 ) -> Flow {
-    let (credential, capsule_id, context) =
-        (credential.to_string(), capsule_id.to_string(), Arc::clone(context));
+    let (capsule_id, context) = (capsule_id.to_string(), Arc::clone(context));
     Step::database(move |db| {
         let target = db.read(|sql| {
             let principal = authenticate(sql, &context, &credential)?;

@@ -196,6 +196,7 @@ mod tests {
             body: body.as_bytes().to_vec(),
             params: Vec::new(),
             peer: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            proven_key: None,
         })
     }
 

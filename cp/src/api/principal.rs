@@ -3,8 +3,9 @@
 use crate::audit::Actor;
 use crate::auth::jwt::{self, UserClaims};
 use crate::auth::secret;
+use crate::db::api_keys::{self, KeyHolder};
 use crate::db::teams::Role;
-use crate::db::{Sql, Stop, Timestamp, api_keys, users};
+use crate::db::{DbError, Sql, Stop, Timestamp, users};
 use crate::http::context::Context;
 use crate::http::handler::{Request, Response};
 
@@ -31,19 +32,32 @@ pub fn forbidden(message: &str) -> Response {
     Response::error(403, "forbidden", message)
 }
 
-/// The credential that a request carries: the API key, or else the bearer token.
+/// What a request is made with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Credential {
+    /// An API key or a user's token, as the client sent it.
+    Secret(String),
+    /// The id of an API key that the client has proven to hold.
+    ProvenKey(String),
+}
+
+/// The credential that a request carries: the key that its connection has proven, the API key, or else the
+/// bearer token.
 ///
 /// # Errors
 /// 401 when it carries none.
-pub fn credential(request: &Request) -> Result<String, Response> {
+pub fn credential(request: &Request) -> Result<Credential, Response> {
+    if let Some(id) = &request.proven_key {
+        return Ok(Credential::ProvenKey(id.clone()));
+    }
     if let Some(key) = request.header("x-api-key") {
-        return Ok(key.trim().to_string());
+        return Ok(Credential::Secret(key.trim().to_string()));
     }
     let bearer = request.header("authorization").and_then(|value| {
         let (scheme, token) = value.split_once(' ')?;
         scheme.eq_ignore_ascii_case("bearer").then(|| token.trim().to_string())
     });
-    bearer.ok_or_else(|| {
+    bearer.map(Credential::Secret).ok_or_else(|| {
         unauthorized("send an API key in X-API-Key, or a token from /v1/auth/login as Authorization: Bearer")
     })
 }
@@ -52,10 +66,16 @@ pub fn credential(request: &Request) -> Result<String, Response> {
 ///
 /// # Errors
 /// 401 when it is wrong, expired or revoked.
-pub fn authenticate(sql: &mut dyn Sql, context: &Context, credential: &str) -> Result<Principal, Stop> {
-    if credential.starts_with(secret::API_KEY_PREFIX) {
-        return of_api_key(sql, credential);
-    }
+pub fn authenticate(
+    sql: &mut dyn Sql,
+    context: &Context,
+    credential: &Credential,
+) -> Result<Principal, Stop> {
+    let credential = match credential {
+        Credential::ProvenKey(id) => return of_key_holder(sql, |sql| api_keys::find(sql, id)),
+        Credential::Secret(key) if key.starts_with(secret::API_KEY_PREFIX) => return of_api_key(sql, key),
+        Credential::Secret(token) => token,
+    };
     let claims: UserClaims = jwt::verify(&context.jwt_secret, credential, Timestamp::now().seconds())
         .map_err(|error| unauthorized(&format!("{error}; log in again")))?;
     let session = users::session(sql, &claims.sub, &claims.team_id, claims.iat)?
@@ -69,11 +89,21 @@ pub fn authenticate(sql: &mut dyn Sql, context: &Context, credential: &str) -> R
 }
 
 fn of_api_key(sql: &mut dyn Sql, key: &str) -> Result<Principal, Stop> {
-    let unknown = || unauthorized("the API key is not known; it may have been deleted");
     if !secret::is_api_key(key) {
-        return Err(unknown().into());
+        return Err(unknown_key().into());
     }
-    let holder = api_keys::find_by_hash(sql, &secret::hash(key))?.ok_or_else(unknown)?;
+    of_key_holder(sql, |sql| api_keys::find_by_hash(sql, &secret::hash(key)))
+}
+
+fn unknown_key() -> Response {
+    unauthorized("the API key is not known; it may have been deleted")
+}
+
+fn of_key_holder(
+    sql: &mut dyn Sql,
+    find: impl FnOnce(&mut dyn Sql) -> Result<Option<KeyHolder>, DbError>,
+) -> Result<Principal, Stop> {
+    let holder = find(sql)?.ok_or_else(unknown_key)?;
     if holder.is_use_stale {
         api_keys::note_use(sql, &holder.id)?;
     }

@@ -3,6 +3,7 @@
 
 use super::capsule_access::{Target, with_capsule, with_capsule_as};
 use super::fields::{Fields, invalid};
+use super::principal::Credential;
 use crate::auth::random;
 use crate::hosts::translators::{Download, ProcessOutput, Terminal};
 use crate::http::context::Context;
@@ -44,7 +45,7 @@ pub fn routes() -> Vec<Route> {
 
 /// The first message of a WebSocket whose client could send no header (browsers).
 #[derive(Debug, Deserialize)]
-struct Credential {
+struct FirstMessage {
     #[serde(alias = "api_key", alias = "apiKey")]
     token: String,
 }
@@ -60,14 +61,14 @@ fn with_capsule_on_websocket(
     }
     let context = Arc::clone(context);
     Step::read_message(move |text| {
-        let credential: Credential = serde_json::from_str(&text).map_err(|_| {
+        let credential: FirstMessage = serde_json::from_str(&text).map_err(|_| {
             Response::error(
                 401,
                 "unauthorized",
                 "send a credential by header, or {\"type\":\"auth\",\"token\":…} as the first message",
             )
         })?;
-        with_capsule_as(&credential.token, request.param("id"), &context, then)
+        with_capsule_as(Credential::Secret(credential.token), request.param("id"), &context, then)
     })
 }
 

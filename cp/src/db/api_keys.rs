@@ -120,27 +120,66 @@ pub struct KeyHolder {
     pub is_use_stale: bool,
 }
 
+macro_rules! key_holder {
+    ($where:literal) => {
+        concat!(
+            "select k.id, k.name, k.team_id,
+                 (k.last_used is null or k.last_used < now() - interval '1 minute') as is_use_stale
+             from api_keys k join teams t on t.id = k.team_id
+             where t.deleted_at is null and ",
+            $where
+        )
+    };
+}
+
+fn key_holder(row: &Row) -> Result<KeyHolder, DbError> {
+    Ok(KeyHolder {
+        id: column(row, "id")?,
+        name: column(row, "name")?,
+        team_id: column(row, "team_id")?,
+        is_use_stale: column(row, "is_use_stale")?,
+    })
+}
+
 /// The key with this hash, of a team that was not deleted.
 ///
 /// # Errors
 /// What the database says.
 pub fn find_by_hash(sql: &mut dyn Sql, hash: &[u8; 32]) -> Result<Option<KeyHolder>, DbError> {
-    let row = sql.row(
-        "select k.id, k.name, k.team_id,
-             (k.last_used is null or k.last_used < now() - interval '1 minute') as is_use_stale
-         from api_keys k join teams t on t.id = k.team_id
-         where k.key_hash = $1 and t.deleted_at is null",
-        &[&hash.as_slice()],
+    sql.row(key_holder!("k.key_hash = $1"), &[&hash.as_slice()])?.as_ref().map(key_holder).transpose()
+}
+
+/// The key with this id, of a team that was not deleted.
+///
+/// # Errors
+/// What the database says.
+pub fn find(sql: &mut dyn Sql, id: &str) -> Result<Option<KeyHolder>, DbError> {
+    sql.row(key_holder!("k.id = $1"), &[&id])?.as_ref().map(key_holder).transpose()
+}
+
+/// What a client of the wire protocol is to prove that it holds.
+#[derive(Debug, Clone)]
+pub struct WireLogin {
+    /// `key-…`
+    pub key_id: String,
+    /// The verifier in its text form.
+    pub verifier: String,
+}
+
+/// The key that an identity names: by its id, or by its visible prefix where that is one key's alone.
+///
+/// # Errors
+/// What the database says.
+pub fn wire_login(sql: &mut dyn Sql, identity: &str) -> Result<Option<WireLogin>, DbError> {
+    let rows = sql.rows(
+        "select k.id, k.wire_verifier from api_keys k join teams t on t.id = k.team_id
+         where t.deleted_at is null and (k.id = $1 or k.key_prefix = $1) limit 2",
+        &[&identity],
     )?;
-    row.map(|row| {
-        Ok(KeyHolder {
-            id: column(&row, "id")?,
-            name: column(&row, "name")?,
-            team_id: column(&row, "team_id")?,
-            is_use_stale: column(&row, "is_use_stale")?,
-        })
-    })
-    .transpose()
+    match rows.as_slice() {
+        [row] => Ok(Some(WireLogin { key_id: column(row, "id")?, verifier: column(row, "wire_verifier")? })),
+        _ => Ok(None),
+    }
 }
 
 /// Notes that a key was used. To the minute: every request would otherwise wait for the disk.

@@ -19,6 +19,8 @@ use std::sync::Arc;
 use wire::message::Message;
 
 pub use super::context::Context;
+pub use crate::api::capsule_access::Target;
+pub use crate::db::api_keys::WireLogin;
 pub use crate::hosts::error::HostError;
 pub use crate::hosts::relay::{Relay, Upload};
 pub use crate::hosts::reply::Reply;
@@ -86,6 +88,9 @@ pub struct Request {
     pub params: Vec<(&'static str, String)>,
     /// The address of the client (or the proxy in front of us).
     pub peer: IpAddr,
+    /// The id of the API key that the client has proven to hold, where it is a client of the wire protocol:
+    /// its requests have no header.
+    pub proven_key: Option<String>,
 }
 
 impl Request {
@@ -202,6 +207,10 @@ pub enum Step {
     Relay(Relay),
     /// Sends the request's streamed multipart body into a file in a capsule.
     Upload(Upload),
+    /// What a client of the wire protocol is to prove; `None` when there is no such key.
+    Login(Option<WireLogin>),
+    /// Joins the stream of a client of the wire protocol with one to a host.
+    Splice(Target),
 }
 
 impl Step {

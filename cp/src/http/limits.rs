@@ -45,5 +45,7 @@ pub const SHUTDOWN_MS: u64 = 10_000;
 pub const ACCEPT_PAUSE_MS: u64 = 100;
 /// Connections taken in one turn of the loop.
 pub const ACCEPTS_PER_TURN: usize = 64;
+/// Turns of events and writing for one wire client before others have theirs.
+pub const WIRE_ROUNDS: usize = 16;
 /// Reads of one connection in one turn of the loop.
 pub const READS_PER_TURN: usize = 4;

@@ -21,6 +21,7 @@ pub mod server;
 mod steps;
 mod streams;
 pub mod task;
+mod wire_streams;
 
 use wire::http1::RequestHead;
 

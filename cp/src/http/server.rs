@@ -15,13 +15,15 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use std::collections::{BTreeSet, HashMap};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use wire::limiter::FailureLimiter;
 use wire::reactor::mailbox::{Receiver, mailbox};
 use wire::reactor::sys::signals::Signals;
 use wire::reactor::{READ_CHUNK_BYTES, Socket, Timers};
+use wire::session::StreamId;
 
 const LISTENER: Token = Token(0);
 const WAKER: Token = Token(1);
@@ -83,6 +85,10 @@ pub struct Server {
     pub(super) workers: Workers,
     results: Receiver<Done>,
     pub(super) hosts: Hosts,
+    /// Failed logins of wire clients, by address.
+    pub(super) wire_failures: FailureLimiter<IpAddr>,
+    /// Streams of wire clients whose receiving side had no room.
+    pub(super) stalled: BTreeSet<(u64, StreamId)>,
     bodies: Budget,
     buffer: Vec<u8>,
     next_id: u64,
@@ -143,6 +149,8 @@ impl Server {
             workers,
             results,
             hosts,
+            wire_failures: FailureLimiter::new(),
+            stalled: BTreeSet::new(),
             bodies: Budget::new(MAX_BUFFERED_BODIES),
             buffer: vec![0; READ_CHUNK_BYTES],
             next_id: FIRST_CLIENT,
@@ -210,6 +218,7 @@ impl Server {
             while let Some(event) = self.hosts.poll_event() {
                 self.on_host_event(event);
             }
+            self.pump_stalled();
             for client in std::mem::take(&mut self.ready) {
                 self.drive(client);
             }
@@ -321,8 +330,15 @@ impl Server {
             }
         }
         self.take_messages(id);
+        for _ in 0..WIRE_ROUNDS {
+            self.serve_wire(id);
+            let Some(client) = self.clients.get_mut(&id) else { return };
+            // Room that was made may let a wire client's streams go on.
+            if !client.flush(self.now_ms) || !client.is_wire() {
+                break;
+            }
+        }
         let Some(client) = self.clients.get_mut(&id) else { return };
-        client.flush(self.now_ms);
         if client.is_gone() {
             self.detach(id);
         }
@@ -344,6 +360,7 @@ impl Server {
 
     pub(super) fn remove_client(&mut self, id: u64) {
         self.detach(id);
+        self.abandon_wire(id);
         if let Some(mut client) = self.clients.remove(&id)
             && let Err(error) = self.poll.registry().deregister(&mut client.socket.stream)
         {

@@ -26,7 +26,10 @@ impl Server {
         if let Some(client) = self.clients.get_mut(&client) {
             client.task = Some(id);
         }
-        self.tasks.insert(id, Task { client: Some(client), job: None, is_new: true, wait: Wait::Nothing });
+        self.tasks.insert(
+            id,
+            Task { client: Some(client), caller: None, job: None, is_new: true, wait: Wait::Nothing },
+        );
         let flow = handler(request, &self.context);
         self.run_task(id, flow);
     }
@@ -39,7 +42,10 @@ impl Server {
         let Some(job) = self.jobs.get(index) else { return };
         let run = job.run;
         let id = self.fresh_id();
-        self.tasks.insert(id, Task { client: None, job: Some(index), is_new: true, wait: Wait::Nothing });
+        self.tasks.insert(
+            id,
+            Task { client: None, caller: None, job: Some(index), is_new: true, wait: Wait::Nothing },
+        );
         let flow = run(&self.context);
         self.run_task(id, flow);
     }
@@ -53,8 +59,12 @@ impl Server {
             let work = match flow {
                 Err(response) | Ok(Step::Respond(response)) => return self.finish(id, &response),
                 Ok(Step::RespondThen(response, next)) => {
-                    if let Some(client) = task.client.take() {
+                    let (client, caller) = (task.client.take(), task.caller.take());
+                    if let Some(client) = client {
                         self.answer(client, &response);
+                    }
+                    if let Some(caller) = caller {
+                        self.answer_caller(&caller, &response);
                     }
                     flow = Ok(*next);
                     continue;
@@ -72,6 +82,8 @@ impl Server {
                     Ok(()) => return,
                     Err(response) => return self.finish(id, &response),
                 },
+                Ok(Step::Login(login)) => return self.finish_login(id, login),
+                Ok(Step::Splice(target)) => return self.start_splice(id, target),
                 Ok(Step::Database(work)) => Work::Database(work),
                 Ok(Step::Compute(work)) => Work::Compute(work),
             };
@@ -91,6 +103,9 @@ impl Server {
         let Some(task) = self.tasks.remove(&id) else { return };
         if let Some(client) = task.client {
             self.answer(client, response);
+        }
+        if let Some(caller) = &task.caller {
+            return self.answer_caller(caller, response);
         }
         let is_failed = response.status >= 400;
         if let Some((index, job)) = task.job.and_then(|index| Some((index, self.jobs.get(index)?))) {
@@ -152,10 +167,10 @@ impl Server {
                     // The task is over; the session has reset the stream already.
                     return;
                 };
-                if matches!(self.tasks.get(&id).map(|t| &t.wait), Some(Wait::Upload(_))) {
-                    self.on_upload_event(id, event);
-                } else {
-                    self.on_relay_event(id, event);
+                match self.tasks.get(&id).map(|t| &t.wait) {
+                    Some(Wait::Upload(_)) => self.on_upload_event(id, event),
+                    Some(Wait::Splice(_)) => self.on_splice_event(id, event),
+                    _ => self.on_relay_event(id, event),
                 }
             }
         }
@@ -253,7 +268,7 @@ impl Server {
                 client.task = None;
                 self.tasks.remove(&id);
             }
-            Wait::Nothing | Wait::Worker | Wait::Host { .. } => {
+            Wait::Nothing | Wait::Worker | Wait::Splice(_) | Wait::Host { .. } => {
                 if !may_read {
                     task.client = None;
                     client.task = None;

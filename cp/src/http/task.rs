@@ -5,7 +5,9 @@ use super::handler::{HostContinuation, MessageContinuation};
 use super::multipart::Multipart;
 use crate::hosts::relay::{Translator, UploadContinuation};
 use crate::hosts::sessions::CallId;
+use crate::wire_clients::requests::Shape;
 use std::collections::VecDeque;
+use wire::session::StreamId;
 
 /// What a task is named by. Never used twice.
 pub type TaskId = u64;
@@ -14,12 +16,25 @@ pub type TaskId = u64;
 pub struct Task {
     /// The connection that gets the answer; `None` once it has it, has gone, or never was.
     pub client: Option<u64>,
+    /// The wire client that gets the answer instead.
+    pub caller: Option<Caller>,
     /// The recurring job that it is a run of, by its place in the table.
     pub job: Option<usize>,
     /// Whether it has not done anything yet.
     pub is_new: bool,
     /// What it waits for.
     pub wait: Wait,
+}
+
+/// A wire client that waits for a task.
+#[derive(Debug, Clone)]
+pub struct Caller {
+    /// Its connection.
+    pub client: u64,
+    /// Its stream; `None` for its login.
+    pub stream: Option<StreamId>,
+    /// How success is told.
+    pub shape: Shape,
 }
 
 /// What a task waits for.
@@ -43,6 +58,8 @@ pub enum Wait {
     Relay(Box<Relaying>),
     /// The end of an upload.
     Upload(Box<Uploading>),
+    /// The end of a wire client's stream into a capsule.
+    Splice(CallId),
 }
 
 /// Bytes on their way to a host.

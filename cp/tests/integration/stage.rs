@@ -98,6 +98,7 @@ impl Stage {
             body: body.as_bytes().to_vec(),
             params,
             peer: self.peer,
+            proven_key: None,
         };
         let first = handler(request, &Arc::clone(&self.context));
         self.drive(first)

@@ -8,6 +8,7 @@ mod api;
 mod capsule;
 mod faults;
 mod sdk;
+mod wire;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -38,7 +39,7 @@ type Test = (&'static str, fn(&mut Context) -> Result<Outcome>);
 
 /// In this order: the cheap ones first, those that take parts of the stack down last.
 fn tests() -> Vec<Test> {
-    [api::TESTS, capsule::TESTS, sdk::TESTS, faults::TESTS].concat()
+    [api::TESTS, capsule::TESTS, wire::TESTS, sdk::TESTS, faults::TESTS].concat()
 }
 
 /// Fails the test with a message unless the condition holds.

@@ -205,6 +205,15 @@ impl Session {
         self.fail(SessionError::Local);
     }
 
+    /// Ends the session and tells the peer why: a server that has no room, or a client that has failed too
+    /// often.
+    pub fn refuse(&mut self, code: Code, reason: &str) {
+        if !self.is_closed() {
+            self.write_go_away(code, reason);
+            self.end(SessionError::Local);
+        }
+    }
+
     pub(super) fn write_go_away(&mut self, code: Code, reason: &str) {
         let mut payload = Vec::new();
         self.last_peer_stream.encode(&mut payload);

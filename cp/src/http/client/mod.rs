@@ -8,16 +8,15 @@ use super::limits::{MAX_REQUESTS_PER_CONNECTION, OUTPUT_HIGH_WATER, READS_PER_TU
 use super::router::Router;
 use super::websocket_key;
 use crate::budget::{Budget, Share};
+use crate::wire_clients::WireClient;
 use std::collections::VecDeque;
 use std::net::IpAddr;
-use std::sync::LazyLock;
 use wire::frame::PREAMBLE;
 use wire::http1::{
     Framing, HttpError, Limits, RequestEvent, RequestHead, RequestParser, ResponseWriter, parse_query,
     percent_decode, write_continue,
 };
 use wire::reactor::{Socket, Transfer};
-use wire::session::Session;
 use wire::websocket::{Message, WebSocket};
 
 /// What a connection tells the server.
@@ -53,7 +52,7 @@ enum State {
     /// An upgraded connection.
     WebSocket(Box<WebSocket>),
     /// A wire client.
-    Wire(Box<Session>),
+    Wire(Box<WireClient>),
     /// The last response is being written, then what still comes is dropped for a while.
     Closing { left: usize },
 }
@@ -148,7 +147,7 @@ impl Client {
             || match &self.state {
                 State::Closing { left } => written && (self.input_ended || *left == 0),
                 State::WebSocket(ws) => written && (ws.is_finished() || self.input_ended),
-                State::Wire(session) => session.is_closed() && session.output().is_empty(),
+                State::Wire(wire) => wire.session.is_closed() && wire.session.output().is_empty(),
                 State::First | State::Head | State::Body(_) => written && self.input_ended,
                 State::Stream { .. } | State::Busy => false,
             }
@@ -172,11 +171,29 @@ impl Client {
         matches!(self.state, State::WebSocket(_))
     }
 
+    /// Whether it is a wire client's.
+    pub fn is_wire(&self) -> bool {
+        matches!(self.state, State::Wire(_))
+    }
+
+    /// The wire client, if it is one.
+    pub fn wire(&mut self) -> Option<&mut WireClient> {
+        match &mut self.state {
+            State::Wire(wire) => Some(wire),
+            _ => None,
+        }
+    }
+
+    /// The address of its other end.
+    pub fn peer_address(&self) -> IpAddr {
+        self.peer
+    }
+
     /// Bytes that wait to be written.
     pub fn pending_output(&self) -> usize {
         let inner = match &self.state {
             State::WebSocket(ws) => ws.output().len(),
-            State::Wire(session) => session.output().len(),
+            State::Wire(wire) => wire.session.output().len(),
             _ => 0,
         };
         self.output.len() - self.sent + inner
@@ -243,7 +260,7 @@ impl Client {
         self.input_ended = true;
         match &mut self.state {
             State::Stream { .. } => self.is_broken = true,
-            State::Wire(session) => session.transport_closed(),
+            State::Wire(wire) => wire.session.transport_closed(),
             _ => {}
         }
     }
@@ -270,12 +287,8 @@ impl Client {
                 State::First if bytes.is_empty() => 0,
                 State::First => {
                     if bytes[0] == PREAMBLE[0] {
-                        self.state = State::Wire(Box::new(Session::server(
-                            concat!("wrenn-cp/", env!("CARGO_PKG_VERSION")),
-                            crate::auth::random::bytes(),
-                            wire::session::Limits::default(),
-                            now_ms,
-                        )));
+                        self.state =
+                            State::Wire(Box::new(WireClient::new(crate::auth::random::bytes(), now_ms)));
                     } else {
                         self.state = State::Head;
                         self.since_ms = now_ms;
@@ -308,9 +321,8 @@ impl Client {
                     }
                     bytes.len()
                 }
-                State::Wire(session) => {
-                    session.receive(bytes, now_ms);
-                    serve_wire(session);
+                State::Wire(wire) => {
+                    wire.session.receive(bytes, now_ms);
                     bytes.len()
                 }
                 State::Closing { left } => {
@@ -413,6 +425,7 @@ impl Client {
             body: Vec::new(),
             params: found.params,
             peer: self.peer,
+            proven_key: None,
         };
         if found.route.body == BodyMode::Streamed {
             self.state = State::Stream { wanted: false, expects_continue: head.expects_continue };
@@ -437,18 +450,6 @@ impl Client {
             if is_wanted && std::mem::take(expects_continue) {
                 write_continue(&mut self.output);
             }
-        }
-    }
-}
-
-/// A wire client on the public port. No identity is known to it, so that every handshake ends as it does
-/// with a wrong secret.
-fn serve_wire(session: &mut Session) {
-    // One key for all handshakes: an identity that is asked for twice gets the same salt.
-    static DECOY_KEY: LazyLock<[u8; 32]> = LazyLock::new(crate::auth::random::bytes::<32>);
-    while let Some(event) = session.poll_event() {
-        if let wire::session::Event::Authenticate { .. } = event {
-            session.provide_verifier(None, DECOY_KEY.as_slice());
         }
     }
 }

@@ -18,7 +18,7 @@ impl Client {
             let bytes: &[u8] = match &self.state {
                 _ if from_buffer => &self.output[self.sent..],
                 State::WebSocket(ws) => ws.output(),
-                State::Wire(session) => session.output(),
+                State::Wire(wire) => wire.session.output(),
                 _ => &[],
             };
             if bytes.is_empty() {
@@ -31,7 +31,7 @@ impl Client {
                     match &mut self.state {
                         _ if from_buffer => self.sent += n,
                         State::WebSocket(ws) => ws.consume_output(n),
-                        State::Wire(session) => session.consume_output(n),
+                        State::Wire(wire) => wire.session.consume_output(n),
                         _ => {}
                     }
                     if self.sent == self.output.len() {
@@ -67,7 +67,7 @@ impl Client {
             State::WebSocket(ws) if ws.is_closing() => Some(self.wrote_ms + LINGER_MS),
             State::WebSocket(_) if self.pinged => Some(self.heard_ms + WEBSOCKET_DEAD_MS),
             State::WebSocket(_) => Some(self.heard_ms + WEBSOCKET_PING_MS),
-            State::Wire(session) => session.next_timeout_ms(),
+            State::Wire(wire) => wire.session.next_timeout_ms(),
             State::Closing { .. } if self.pending_output() > 0 => None,
             State::Closing { .. } => Some(self.wrote_ms.max(self.since_ms) + LINGER_MS),
         };
@@ -99,7 +99,7 @@ impl Client {
                     self.pinged = true;
                 }
             }
-            State::Wire(session) => session.handle_timeout(now_ms),
+            State::Wire(wire) => wire.session.handle_timeout(now_ms),
             State::Busy => {}
         }
     }
@@ -117,7 +117,10 @@ impl Client {
             State::WebSocket(ws) => {
                 ws.send_close(close_code::GOING_AWAY, "the control plane is being shut down")
             }
-            State::Wire(session) => session.close(),
+            State::Wire(wire) if wire.session.is_ready() => {
+                wire.session.drain("the control plane is being shut down");
+            }
+            State::Wire(wire) => wire.session.close(),
             _ if is_idle => self.is_broken = true,
             _ => {}
         }
