@@ -96,6 +96,37 @@ fn an_overlay_is_what_qemus_own_tool_expects() {
 }
 
 #[test]
+fn a_flattened_overlay_is_what_qemus_own_tool_reads() {
+    let directory = Directory::new("flatten");
+    let base = base_image(&directory.0);
+    let disk = Backend::Overlay.create(&spec(&base, &directory.0, Some(1 << 30))).expect("created");
+    let flat = directory.0.join("flat");
+    let written = disk.flatten(&flat).expect("flattened");
+    assert_eq!(written, 4096, "the base's one block that is not zero");
+    let mut sector = [0; 23];
+    File::open(&flat).and_then(|f| f.read_exact_at(&mut sector, 0)).expect("read");
+    assert_eq!(&sector, b"the base's first sector");
+    fs::remove_file(&flat).expect("removed");
+    let path = disk.image().path;
+    let path = path.to_str().expect("text");
+    // Across a cluster's end, in the second second-level table, and zero where the base is not.
+    for command in
+        ["write -P 0x5a 65000 2000", "write -P 0xa5 600M 128k", "write -P 1 1073741312 512", "write -z 0 64k"]
+    {
+        if tool("qemu-io", &["-f", "qcow2", "-c", command, path]).is_none() {
+            return;
+        }
+    }
+    disk.flatten(&flat).expect("flattened");
+    let flat = flat.to_str().expect("text");
+    tool("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", flat, path]);
+    let mut byte = [0; 1];
+    File::open(flat).and_then(|f| f.read_exact_at(&mut byte, 600 << 20)).expect("read");
+    assert_eq!(byte, [0xa5]);
+    assert!(matches!(disk.flatten(Path::new(flat)), Err(DiskError::System { step: "creating", .. })));
+}
+
+#[test]
 fn a_disk_that_cannot_be_leaves_nothing() {
     let directory = Directory::new("refused");
     let base = base_image(&directory.0);

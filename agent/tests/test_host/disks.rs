@@ -113,13 +113,16 @@ fn run(program: &str, arguments: &[&Path]) {
 }
 
 fn the_probe_chooses_it(directory: &Path) {
-    let (layout, _) = place(directory);
+    let (layout, base) = place(directory);
     assert_eq!(Backend::probe(&layout.images(), &layout.sandboxes()).expect("probed"), Backend::DeviceMapper);
     assert_eq!(fs::read_dir(layout.sandboxes()).expect("listed").count(), 0);
-    // What a crash in the middle of a probe leaves goes as a capsule does.
-    make(&layout, "probe-1", &layout.images().join("rootfs.ext4")).expect("created");
-    let summary = recover(&layout).expect("recovered");
-    assert_eq!((summary.cleared, summary.left), (1, Vec::new()));
+    // An agent that died in the middle of it.
+    let left = layout.sandboxes().join(".probe-1");
+    fs::create_dir(&left).expect("made");
+    let spec = DiskSpec { base: &base, directory: &left, size_bytes: None };
+    Backend::DeviceMapper.create(&spec).expect("created");
+    assert_eq!(Backend::probe(&layout.images(), &layout.sandboxes()).expect("probed"), Backend::DeviceMapper);
+    assert!(!left.exists() && remains().is_empty());
 }
 
 fn disks_are_separate_and_share_their_base(directory: &Path) {
@@ -421,6 +424,10 @@ fn a_full_store_can_be_destroyed(directory: &Path) {
     let capsule = layout.capsule("cl-1").expect("an id");
     disk::release(&capsule).expect("released");
     assert!(writer.join().expect("ended").is_err(), "what waits fails");
+    // What comes later fails as well, though the rest waits.
+    thread::sleep(Duration::from_millis(500));
+    let later = File::options().write(true).custom_flags(libc_o_sync()).open(disk.image().path);
+    assert!(later.expect("the device").write_all_at(&[1; 4096], 0).is_err());
     // What got through is there for an agent that starts later.
     drop(disk);
     let disk = Backend::open(&capsule).expect("opened").expect("there");

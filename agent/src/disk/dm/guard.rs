@@ -130,25 +130,28 @@ impl State {
         let devices = own_devices(&control, &self.capsules)?;
         let mut lost = BTreeSet::new();
         for (name, id, device) in devices.into_iter().filter(|(_, _, device)| device.active) {
-            // One device's failure must not keep the others from being held.
+            let healthy = match store(&control, &name) {
+                Ok(Some(Store::Good { .. })) => true,
+                Ok(Some(Store::Lost { state })) => {
+                    if !self.lost.contains(&name) {
+                        log::error!("capsule {id}: its disk {name} is lost: {state}; destroy the capsule");
+                    }
+                    lost.insert(name.clone());
+                    false
+                }
+                // Released, or just destroyed.
+                Ok(None) | Err(_) => false,
+            };
+            // One that fails everything must not wait: its VMM could not end. Neither may one device's
+            // failure keep the others from being held.
             let done = match (next, device.suspended) {
-                (Watch::Holding, false) => control.suspend(&name),
+                (Watch::Holding, false) if healthy => control.suspend(&name),
                 // Also those that an agent which has died was holding.
                 (Watch::Flowing, true) => control.resume(&name),
                 _ => Ok(()),
             };
-            // A capsule that is just destroyed takes its device away.
             if let Err(e) = done.or_else(ignore_gone) {
                 log::error!("capsule {id}: holding or freeing its disk {name}: {e}");
-            }
-            match store(&control, &name) {
-                Ok(Store::Lost { state }) => {
-                    if !self.lost.contains(&name) {
-                        log::error!("capsule {id}: its disk {name} is lost: {state}; destroy the capsule");
-                    }
-                    lost.insert(name);
-                }
-                Ok(Store::Good { .. }) | Err(_) => {}
             }
         }
         self.lost = lost;

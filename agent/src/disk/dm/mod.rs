@@ -36,6 +36,8 @@ const DESCRIPTION_NAME: &str = "disk.json";
 const NEW_DESCRIPTION_NAME: &str = "disk.json.new";
 /// A second name of the base image: whoever replaces the image leaves the capsule its own.
 const BASE_NAME: &str = "disk.base";
+/// No capsule is called so.
+const PROBE_PREFIX: &str = ".probe-";
 const VERSION: u32 = 1;
 const MODE: u32 = 0o600;
 const NAME_PREFIX: &str = "wrenn-";
@@ -67,10 +69,16 @@ pub(super) struct MappedDisk {
     layout: Layout,
 }
 
-/// Tries with a small disk in a directory of its own in `capsules` whether all this works here. The
-/// directory has a capsule's name, so what a crash leaves is cleared away as a capsule is.
+/// Tries with a small disk in a directory of its own in `capsules` whether all this works here. What an
+/// agent left that died in the middle of it is cleared away first.
 pub(super) fn probe(capsules: &Path) -> Result<(), DiskError> {
-    let directory = capsules.join(format!("probe-{}", std::process::id()));
+    let entries = fs::read_dir(capsules).map_err(DiskError::system("listing", capsules))?;
+    for left in entries.flatten().filter(|e| e.file_name().as_bytes().starts_with(PROBE_PREFIX.as_bytes())) {
+        clear(&left.path())?;
+        fs::remove_dir_all(left.path()).map_err(DiskError::system("removing", &left.path()))?;
+    }
+    // Agents with other directories may try at the same time.
+    let directory = capsules.join(format!("{PROBE_PREFIX}{}", std::process::id()));
     fs::create_dir(&directory).map_err(DiskError::system("making", &directory))?;
     let tried = probe_in(&directory);
     let cleared = fs::remove_dir_all(&directory).map_err(DiskError::system("removing", &directory));
@@ -311,7 +319,7 @@ impl Disk for MappedDisk {
     }
 
     fn store(&self) -> Result<Store, DiskError> {
-        store(&control()?, &self.name)
+        Ok(store(&control()?, &self.name)?.unwrap_or(Store::Lost { state: "Released".into() }))
     }
 
     fn flatten(&self, to: &Path) -> Result<u64, DiskError> {
@@ -337,18 +345,17 @@ impl Disk for MappedDisk {
     }
 }
 
+/// Whether it is a disk, and not one that was released.
 fn is_snapshot(control: &Control, name: &str) -> Result<bool, DiskError> {
     let table = control.table(name).map_err(DiskError::system("looking at", Path::new(name)))?;
     Ok(table.first().is_some_and(|target| target.kind == "snapshot"))
 }
 
-fn store(control: &Control, name: &str) -> Result<Store, DiskError> {
+/// `None` for one that was released.
+fn store(control: &Control, name: &str) -> Result<Option<Store>, DiskError> {
     let status = control.status(name).map_err(DiskError::system("looking at", Path::new(name)))?;
     let snapshot = status.first().filter(|target| target.kind == "snapshot");
-    Ok(match snapshot {
-        Some(target) => Store::parse(&target.parameters),
-        None => Store::Lost { state: "Released".into() },
-    })
+    Ok(snapshot.map(|target| Store::parse(&target.parameters)))
 }
 
 impl Description {

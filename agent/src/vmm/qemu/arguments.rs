@@ -223,12 +223,16 @@ mod tests {
         let disks = [
             DiskFds { format: Format::Qcow2, file: 20, backing: Some(21) },
             DiskFds { format: Format::Raw, file: 22, backing: None },
+            DiskFds { format: Format::Device, file: 23, backing: None },
         ];
         let arguments = arguments(&inputs(Accelerator::Tcg { qboot: true }, &disks));
         assert_eq!(values(&arguments, "-kernel"), ["/proc/self/fd/10"]);
         assert_eq!(values(&arguments, "-initrd"), ["/proc/self/fd/11"]);
         assert!(values(&arguments, "-append")[0].starts_with("console=ttyS0 quiet "));
-        assert_eq!(values(&arguments, "-add-fd"), ["fd=20,set=1", "fd=21,set=2", "fd=22,set=3"]);
+        assert_eq!(
+            values(&arguments, "-add-fd"),
+            ["fd=20,set=1", "fd=21,set=2", "fd=22,set=3", "fd=23,set=4"]
+        );
         assert!(values(&arguments, "-netdev")[0].starts_with("tap,id=net,fd=13,"));
         assert!(values(&arguments, "-chardev")[0].starts_with("socket,id=monitor,fd=14,"));
         assert!(values(&arguments, "-object")[0].contains("size=512M,mem-path=/proc/self/fd/12,share=on"));
@@ -239,9 +243,14 @@ mod tests {
         assert_eq!(nodes[0]["backing"]["file"]["filename"], "/dev/fdset/2");
         assert_eq!(nodes[0]["backing"]["read-only"], true);
         assert_eq!(nodes[1]["file"]["filename"], "/dev/fdset/3");
+        assert_eq!((&nodes[1]["file"]["driver"], &nodes[1]["driver"]), (&"file".into(), &"raw".into()));
+        assert_eq!(
+            (&nodes[2]["file"]["driver"], &nodes[2]["driver"]),
+            (&"host_device".into(), &"raw".into())
+        );
         let devices = values(&arguments, "-device");
         assert!(devices[0].contains("drive=disk0") && devices[1].contains("drive=disk1"));
-        assert!(devices[2].contains("mac=02:fc:01:00:00:07") && devices[2].ends_with("romfile="));
+        assert!(devices[3].contains("mac=02:fc:01:00:00:07") && devices[3].ends_with("romfile="));
     }
 
     #[test]
