@@ -11,6 +11,7 @@
 //! | [`hosts`] | the live sessions to hosts; scheduler and reconciler |
 //! | [`wire_clients`] | clients of the wire protocol on the public port |
 //! | [`api`] | the handlers, one file a resource, and the routing table |
+//! | [`proxy`] | services inside capsules, reached by the Host header |
 //! | [`auth`] | passwords, logins, API keys, host tokens |
 //! | [`db`] | the database connection, migrations, one file a table |
 //! | [`audit`] | who did what |
@@ -25,5 +26,6 @@ pub mod cli;
 pub mod db;
 pub mod hosts;
 pub mod http;
+pub mod proxy;
 pub mod wire_clients;
 pub mod worker;

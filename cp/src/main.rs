@@ -127,6 +127,7 @@ fn serve(settings: &Settings) -> Result<(), Failure> {
     let context = Arc::new(Context {
         jwt_secret: settings.require("JWT_SECRET")?.as_bytes().to_vec(),
         database_url: settings.require("DATABASE_URL")?.to_string(),
+        proxy_domain: settings.get("WRENN_PROXY_DOMAIN").map(str::to_string),
         version: env!("CARGO_PKG_VERSION"),
     });
     let workers = usize::try_from(settings.number("WRENN_DATABASE_CONNECTIONS")?)?;

@@ -166,6 +166,13 @@ pub const VARIABLES: &[Variable] = &[
         "where the control plane serves its HTTP API",
     ),
     variable(
+        "WRENN_PROXY_DOMAIN",
+        Program::ControlPlane,
+        Kind::Domain,
+        None,
+        "the domain of services in capsules, PORT-CAPSULE.DOMAIN; without it, any domain is taken",
+    ),
+    variable(
         "WRENN_DATABASE_CONNECTIONS",
         Program::ControlPlane,
         Kind::Number { min: 1, max: 64 },

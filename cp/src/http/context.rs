@@ -8,6 +8,8 @@ pub struct Context {
     pub jwt_secret: Vec<u8>,
     /// The PostgreSQL database (`DATABASE_URL`); holds a password.
     pub database_url: String,
+    /// The domain under which services in capsules are reached (`WRENN_PROXY_DOMAIN`); without one, every.
+    pub proxy_domain: Option<String>,
     /// This program's version.
     pub version: &'static str,
 }

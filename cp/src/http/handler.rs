@@ -24,6 +24,7 @@ pub use crate::db::api_keys::WireLogin;
 pub use crate::hosts::error::HostError;
 pub use crate::hosts::relay::{Relay, Upload};
 pub use crate::hosts::reply::Reply;
+pub use crate::proxy::Proxy;
 
 /// A handler: answers a request with its first step. A response given as an error ends the request.
 pub type Handler = fn(Request, &Arc<Context>) -> Flow;
@@ -207,6 +208,8 @@ pub enum Step {
     Relay(Relay),
     /// Sends the request's streamed multipart body into a file in a capsule.
     Upload(Upload),
+    /// Joins the client with a service in a capsule.
+    Proxy(Box<Proxy>),
     /// What a client of the wire protocol is to prove; `None` when there is no such key.
     Login(Option<WireLogin>),
     /// Joins the stream of a client of the wire protocol with one to a host.

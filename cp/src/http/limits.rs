@@ -39,6 +39,11 @@ pub const WEBSOCKET_PING_MS: u64 = 30_000;
 pub const WEBSOCKET_DEAD_MS: u64 = 90_000;
 /// Time for a WebSocket's first message, in milliseconds.
 pub const FIRST_MESSAGE_MS: u64 = 30_000;
+/// Time for connecting to a service in a capsule, in milliseconds: through the host and into the guest.
+pub const PROXY_CONNECT_MS: u64 = 10_000;
+/// Silence of both sides after which a request to a service in a capsule, or a WebSocket to one, is given
+/// up, in milliseconds.
+pub const PROXY_SILENCE_MS: u64 = 600_000;
 /// Time for what is under way when the program is told to end, in milliseconds.
 pub const SHUTDOWN_MS: u64 = 10_000;
 /// How long no connection is taken after the kernel had no descriptor for one, in milliseconds.

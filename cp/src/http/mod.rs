@@ -8,6 +8,7 @@
 //! | [`client`] | one connection |
 //! | [`task`] | a request's chain of steps |
 //! | [`multipart`] | uploaded files |
+//! | `proxying` | requests to services in capsules |
 //! | [`limits`] | every bound |
 
 pub mod client;
@@ -16,6 +17,7 @@ pub mod date;
 pub mod handler;
 pub mod limits;
 pub mod multipart;
+mod proxying;
 pub mod router;
 pub mod server;
 mod steps;

@@ -1,12 +1,14 @@
 //! From method and path to a route, with 404 and 405 (RFC 9110 section 15.5.6).
 
 use super::handler::{Method, Response, Route};
+use crate::proxy::Destination;
 use wire::http1::percent_decode;
 
 /// The routing table, taken apart once.
 #[derive(Debug)]
 pub struct Router {
     entries: Vec<Entry>,
+    proxy_domain: Option<String>,
 }
 
 #[derive(Debug)]
@@ -46,7 +48,18 @@ impl Router {
                 route: *route,
             })
             .collect();
-        Router { entries }
+        Router { entries, proxy_domain: None }
+    }
+
+    /// The same, with services in capsules under this domain only.
+    pub fn with_proxy_domain(mut self, domain: Option<String>) -> Router {
+        self.proxy_domain = domain;
+        self
+    }
+
+    /// The service in a capsule that a Host header names, if it names one.
+    pub fn destination(&self, host: &str) -> Option<Destination> {
+        Destination::of(host, self.proxy_domain.as_deref())
     }
 
     /// The route for a request. `path` is still percent-encoded, without its query.

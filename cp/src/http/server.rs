@@ -41,6 +41,8 @@ pub(super) enum TimerKey {
     Client(u64),
     /// A WebSocket's message has not come.
     Message(TaskId),
+    /// An exchange with a service has stood still for long.
+    Proxy(TaskId),
     /// A recurring job is due.
     Job(usize),
     /// The kernel may have descriptors again.
@@ -138,8 +140,8 @@ impl Server {
             address,
             signals,
             stopper: Stopper { stop: Arc::default(), waker },
+            router: Router::new(routes).with_proxy_domain(context.proxy_domain.clone()),
             context,
-            router: Router::new(routes),
             jobs,
             clients: HashMap::new(),
             tasks: HashMap::new(),
@@ -379,6 +381,7 @@ impl Server {
                 }
             }
             TimerKey::Message(task) => self.on_message_timeout(task),
+            TimerKey::Proxy(task) => self.on_proxy_silence(task),
             TimerKey::Job(index) => self.start_job(index),
             TimerKey::Accept => self.accept(),
             TimerKey::Shutdown => {
@@ -413,6 +416,15 @@ impl Server {
             self.tasks.iter().filter(|t| matches!(t.1.wait, Wait::Relay(_))).map(|t| *t.0).collect();
         for task in relays {
             self.end_relay(task);
+        }
+        let tunnels: Vec<TaskId> = self
+            .tasks
+            .iter()
+            .filter(|t| matches!(&t.1.wait, Wait::Proxy(proxy) if proxy.exchange.is_tunnel()))
+            .map(|t| *t.0)
+            .collect();
+        for task in tunnels {
+            self.end_proxy(task);
         }
     }
 }

@@ -82,6 +82,10 @@ impl Server {
                     Ok(()) => return,
                     Err(response) => return self.finish(id, &response),
                 },
+                Ok(Step::Proxy(proxy)) => match self.start_proxy(id, *proxy) {
+                    Ok(()) => return,
+                    Err(response) => return self.finish(id, &response),
+                },
                 Ok(Step::Login(login)) => return self.finish_login(id, login),
                 Ok(Step::Splice(target)) => return self.start_splice(id, target),
                 Ok(Step::Database(work)) => Work::Database(work),
@@ -169,6 +173,7 @@ impl Server {
                 };
                 match self.tasks.get(&id).map(|t| &t.wait) {
                     Some(Wait::Upload(_)) => self.on_upload_event(id, event),
+                    Some(Wait::Proxy(_)) => self.on_proxy_event(id, event),
                     Some(Wait::Splice(_)) => self.on_splice_event(id, event),
                     _ => self.on_relay_event(id, event),
                 }
@@ -259,6 +264,7 @@ impl Server {
                 }
             }
             Wait::Relay(_) => self.end_relay(id),
+            Wait::Proxy(_) => self.end_proxy(id),
             Wait::Upload(_) => {
                 let gone = Response::from(HostError::Cancelled);
                 self.end_upload(id, Err(gone));

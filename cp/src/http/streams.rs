@@ -21,7 +21,7 @@ const UPLOAD_MODE: u32 = 0o644;
 const OUTPUT_LOW_WATER: usize = OUTPUT_HIGH_WATER / 4;
 
 /// Sends what waits in an outbox; whether it is empty now.
-fn pump(hosts: &mut Hosts, call: CallId, outbox: &mut Outbox) -> bool {
+pub(super) fn pump(hosts: &mut Hosts, call: CallId, outbox: &mut Outbox) -> bool {
     let mut finish = false;
     outbox.send(|channel, bytes| hosts.send_data(call, channel, bytes).ok(), || finish = true);
     if finish && let Err(error) = hosts.finish(call) {
@@ -164,10 +164,13 @@ impl Server {
             return;
         }
         let Some(id) = client.task else { return };
-        if let Some(Wait::Relay(relay)) = self.tasks.get_mut(&id).map(|t| &mut t.wait)
-            && relay.owed > 0
-        {
-            self.hosts.release(relay.call, std::mem::take(&mut relay.owed));
+        let (call, owed) = match self.tasks.get_mut(&id).map(|t| &mut t.wait) {
+            Some(Wait::Relay(relay)) => (relay.call, &mut relay.owed),
+            Some(Wait::Proxy(proxy)) => (proxy.call, &mut proxy.owed),
+            _ => return,
+        };
+        if *owed > 0 {
+            self.hosts.release(call, std::mem::take(owed));
         }
     }
 
@@ -231,6 +234,9 @@ impl Server {
 
     /// Bytes of a streamed body.
     pub(super) fn on_body(&mut self, client_id: u64, bytes: &[u8]) {
+        if let Some(id) = self.proxy_task(client_id) {
+            return self.on_proxied_bytes(id, bytes);
+        }
         let Some((id, upload)) = self.upload_of(client_id) else { return };
         let parts = match upload.multipart.receive(bytes) {
             Ok(parts) => parts,
@@ -303,6 +309,9 @@ impl Server {
 
     /// A streamed body is complete.
     pub(super) fn on_body_end(&mut self, client_id: u64) {
+        if let Some(id) = self.proxy_task(client_id) {
+            return self.on_proxied_end(id);
+        }
         let Some((id, upload)) = self.upload_of(client_id) else { return };
         upload.body_ended = true;
         if !upload.file_ended || !upload.multipart.is_complete() {

@@ -1,10 +1,11 @@
-//! A request's chain of steps: what it waits for, and the two things that go on for long, relays and
-//! uploads.
+//! A request's chain of steps: what it waits for, and the things that go on for long: relays,
+//! uploads and exchanges with services.
 
 use super::handler::{HostContinuation, MessageContinuation};
 use super::multipart::Multipart;
 use crate::hosts::relay::{Translator, UploadContinuation};
 use crate::hosts::sessions::CallId;
+use crate::proxy::exchange::Exchange;
 use crate::wire_clients::requests::Shape;
 use std::collections::VecDeque;
 use wire::session::StreamId;
@@ -58,6 +59,8 @@ pub enum Wait {
     Relay(Box<Relaying>),
     /// The end of an upload.
     Upload(Box<Uploading>),
+    /// The end of an exchange with a service.
+    Proxy(Box<Proxying>),
     /// The end of a wire client's stream into a capsule.
     Splice(CallId),
 }
@@ -122,6 +125,20 @@ pub struct Relaying {
     pub is_open: bool,
     /// Whether the host's side has ended.
     pub is_over: bool,
+}
+
+/// A client joined with a service in a capsule.
+pub struct Proxying {
+    /// The stream to the service.
+    pub call: CallId,
+    /// What stands between.
+    pub exchange: Exchange,
+    /// Credit that goes back once the client has taken what it was for.
+    pub owed: u32,
+    /// What the stream has not taken yet.
+    pub outbox: Outbox,
+    /// Whether the service is connected.
+    pub is_connected: bool,
 }
 
 /// A streamed body on its way into a file.

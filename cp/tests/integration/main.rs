@@ -2,6 +2,8 @@
 //! real messages. The server is private to the run: see [`postgres`].
 
 mod accounts;
+#[path = "../support/agent.rs"]
+mod agent;
 mod capsules;
 mod database;
 mod fake_host;
@@ -9,6 +11,9 @@ mod hosts;
 mod lifecycle;
 mod migrations;
 mod postgres;
+mod proxying;
 mod reconciling;
 mod stage;
+#[path = "../support/mod.rs"]
+mod support;
 mod teams;

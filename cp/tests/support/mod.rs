@@ -24,14 +24,20 @@ pub struct Running {
 
 /// Starts a server with these routes.
 pub fn start(routes: &'static [Route], jobs: Vec<Job>) -> Running {
+    let context = Context {
+        jwt_secret: SECRET.to_vec(),
+        database_url: "postgresql://nobody@%2Fnonexistent/none".to_string(),
+        proxy_domain: None,
+        version: "test",
+    };
+    start_with(Arc::new(context), routes.to_vec(), jobs)
+}
+
+/// Starts a server with this context.
+pub fn start_with(context: Arc<Context>, routes: Vec<Route>, jobs: Vec<Job>) -> Running {
     let (sender, receiver) = std::sync::mpsc::channel();
     let thread = std::thread::spawn(move || {
-        let context = Arc::new(Context {
-            jwt_secret: SECRET.to_vec(),
-            database_url: "postgresql://nobody@%2Fnonexistent/none".to_string(),
-            version: "test",
-        });
-        let mut server = Server::bind(([127, 0, 0, 1], 0).into(), 2, context, routes, jobs, None)?;
+        let mut server = Server::bind(([127, 0, 0, 1], 0).into(), 2, context, &routes, jobs, None)?;
         let _ = sender.send((server.address(), server.stopper()));
         server.run()
     });

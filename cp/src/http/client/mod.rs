@@ -8,6 +8,7 @@ use super::limits::{MAX_REQUESTS_PER_CONNECTION, OUTPUT_HIGH_WATER, READS_PER_TU
 use super::router::Router;
 use super::websocket_key;
 use crate::budget::{Budget, Share};
+use crate::proxy::{Destination, begin::parameters};
 use crate::wire_clients::WireClient;
 use std::collections::VecDeque;
 use std::net::IpAddr;
@@ -24,9 +25,9 @@ use wire::websocket::{Message, WebSocket};
 pub enum ClientEvent {
     /// A request for a handler. Nothing more is read until it is answered.
     Request(Handler, Request),
-    /// Bytes of a streamed body.
+    /// Bytes of a streamed body, or of a tunnel.
     Body(Vec<u8>),
-    /// The streamed body is complete.
+    /// The streamed body is complete, or the client has ended its half of the tunnel.
     BodyEnd,
     /// A WebSocket's peer broke the protocol; the close frame is written.
     WebSocketFailed,
@@ -51,6 +52,11 @@ enum State {
     Busy,
     /// An upgraded connection.
     WebSocket(Box<WebSocket>),
+    /// Bytes both ways, as they are, with a service in a capsule; read only while the server asks for it.
+    Tunnel {
+        /// Whether it asks.
+        wanted: bool,
+    },
     /// A wire client.
     Wire(Box<WireClient>),
     /// The last response is being written, then what still comes is dropped for a while.
@@ -149,7 +155,7 @@ impl Client {
                 State::WebSocket(ws) => written && (ws.is_finished() || self.input_ended),
                 State::Wire(wire) => wire.session.is_closed() && wire.session.output().is_empty(),
                 State::First | State::Head | State::Body(_) => written && self.input_ended,
-                State::Stream { .. } | State::Busy => false,
+                State::Stream { .. } | State::Busy | State::Tunnel { .. } => false,
             }
     }
 
@@ -163,7 +169,12 @@ impl Client {
 
     /// Whether the peer has ended its direction or the connection is broken.
     pub fn is_gone(&self) -> bool {
-        self.input_ended || self.is_broken
+        (self.input_ended && !self.is_tunnel()) || self.is_broken
+    }
+
+    /// Whether bytes go through it as they are.
+    fn is_tunnel(&self) -> bool {
+        matches!(self.state, State::Tunnel { .. })
     }
 
     /// Whether a WebSocket is open on it.
@@ -205,6 +216,7 @@ impl Client {
         match &self.state {
             State::Busy => false,
             State::Stream { wanted, .. } => *wanted,
+            State::Tunnel { wanted } => *wanted && !self.input_ended,
             State::WebSocket(ws) => self.pending_output() < OUTPUT_HIGH_WATER && !ws.is_finished(),
             // Who does not read its responses gets no further requests served.
             State::First | State::Head | State::Body(_) => self.pending_output() < OUTPUT_HIGH_WATER,
@@ -232,6 +244,9 @@ impl Client {
                 }
                 Transfer::Blocked => break,
                 Transfer::Ended => {
+                    if self.is_tunnel() {
+                        events.push(ClientEvent::BodyEnd);
+                    }
                     self.on_input_ended();
                     break;
                 }
@@ -269,7 +284,8 @@ impl Client {
     pub fn on_hang_up(&mut self, is_held: bool, is_both: bool) {
         // Bytes that came before are still in the kernel's buffer, so the end of input is found by
         // reading, except where nothing is read now.
-        if is_held || !self.takes_input() {
+        // A tunnel's other half may go on, and what came before its end is read when it is asked for.
+        if !self.is_tunnel() && (is_held || !self.takes_input()) {
             self.input_ended = true;
             self.keep_alive = false;
         }
@@ -309,6 +325,10 @@ impl Client {
                 }
                 State::Busy | State::Stream { .. } => {
                     self.input.extend_from_slice(bytes);
+                    bytes.len()
+                }
+                State::Tunnel { .. } => {
+                    events.push(ClientEvent::Body(bytes.to_vec()));
                     bytes.len()
                 }
                 State::WebSocket(ws) => {
@@ -391,6 +411,9 @@ impl Client {
         let (path, query) = head.target.split_once('?').unwrap_or((&head.target, ""));
         self.label = format!("{} {path}", head.method);
         self.asked_ms = now_ms;
+        if let Some(to) = router.destination(head.headers.get("host").unwrap_or_default()) {
+            return self.on_proxied_head(head, to, events);
+        }
         let found = router.find(&head.method, path).and_then(|found| {
             let query = parse_query(query).ok_or_else(|| {
                 Response::error(400, "invalid_request", "the query has an escape that cannot be decoded")
@@ -440,14 +463,41 @@ impl Client {
         self.state = State::Body(Box::new(Incoming { handler, request, max_body, share }));
     }
 
-    /// The server can take more of a streamed body, or not.
+    /// A request for a service in a capsule: its body, if there is one, is streamed.
+    fn on_proxied_head(&mut self, head: RequestHead, to: Destination, events: &mut Vec<ClientEvent>) {
+        self.websocket_key = None;
+        if matches!(head.framing, Framing::None | Framing::Length(0)) {
+            // Its end is there already; nothing else would ask the parser for it.
+            let _ = self.parser.parse(&[]);
+            self.state = State::Busy;
+        } else {
+            self.state = State::Stream { wanted: false, expects_continue: head.expects_continue };
+        }
+        let request = Request {
+            method: Method::from_name(&head.method).unwrap_or(Method::Get),
+            path: head.target.split('?').next().unwrap_or_default().to_string(),
+            query: Vec::new(),
+            params: parameters(to, &head.method, &head.target),
+            headers: head.headers.into_fields(),
+            body: Vec::new(),
+            peer: self.peer,
+            proven_key: None,
+        };
+        events.push(ClientEvent::Request(crate::proxy::begin, request));
+    }
+
+    /// The server can take more of a streamed body, or of a tunnel, or not.
     pub fn want_body(&mut self, is_wanted: bool, now_ms: u64) {
+        if let State::Tunnel { wanted } = &mut self.state {
+            *wanted = is_wanted;
+        }
         if let State::Stream { wanted, expects_continue } = &mut self.state {
             if is_wanted && !*wanted {
                 self.since_ms = now_ms;
             }
             *wanted = is_wanted;
-            if is_wanted && std::mem::take(expects_continue) {
+            // Within a response that has begun it would be taken for a part of it.
+            if is_wanted && self.writer.is_none() && std::mem::take(expects_continue) {
                 write_continue(&mut self.output);
             }
         }

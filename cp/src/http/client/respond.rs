@@ -58,8 +58,7 @@ impl Client {
         if self.pending_output() == 0 {
             self.wrote_ms = now_ms;
         }
-        let elapsed_ms = now_ms.saturating_sub(self.asked_ms);
-        log::debug!("{} {}: {} after {elapsed_ms} ms", self.peer, self.label, response.status);
+        self.note(response.status, now_ms);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let date = date::format(now);
         let headers = response.headers.iter().filter(|h| !h.1.bytes().any(|b| b.is_ascii_control()));
@@ -72,6 +71,72 @@ impl Client {
             self.keep_alive,
             self.is_head_request,
         )
+    }
+
+    /// A response's status is known.
+    fn note(&self, status: u16, now_ms: u64) {
+        let elapsed_ms = now_ms.saturating_sub(self.asked_ms);
+        log::debug!("{} {}: {status} after {elapsed_ms} ms", self.peer, self.label);
+    }
+
+    /// Begins the response of a service in a capsule. Its body follows in pieces, framed as it was unless
+    /// the client's version has no such framing.
+    pub fn start_proxied(
+        &mut self,
+        status: u16,
+        headers: &[(String, String)],
+        framing: Framing,
+        now_ms: u64,
+    ) {
+        let framing = match framing {
+            Framing::Chunked | Framing::UntilClose if self.minor_version == 0 => Framing::UntilClose,
+            Framing::UntilClose => Framing::Chunked,
+            framing => framing,
+        };
+        if !matches!(self.state, State::Busy) || self.input_ended || framing == Framing::UntilClose {
+            self.keep_alive = false;
+        }
+        if self.pending_output() == 0 {
+            self.wrote_ms = now_ms;
+        }
+        self.note(status, now_ms);
+        let headers = headers.iter().map(|h| (h.0.as_str(), h.1.as_str()));
+        self.writer = Some(ResponseWriter::start(
+            &mut self.output,
+            status,
+            headers,
+            framing,
+            self.keep_alive,
+            self.is_head_request,
+        ));
+    }
+
+    /// A service in a capsule has switched to the WebSocket protocol, which is not looked into.
+    pub fn start_tunnel(&mut self, headers: &[(String, String)], now_ms: u64) {
+        self.note(101, now_ms);
+        let own = [("upgrade", "websocket"), ("connection", "Upgrade")];
+        let headers = headers.iter().map(|h| (h.0.as_str(), h.1.as_str())).chain(own);
+        ResponseWriter::start(&mut self.output, 101, headers, Framing::None, true, false);
+        self.wrote_ms = now_ms;
+        self.state = State::Tunnel { wanted: true };
+    }
+
+    /// Bytes for a tunnel's client.
+    pub fn tunnel_bytes(&mut self, bytes: &[u8], now_ms: u64) {
+        if self.pending_output() == 0 {
+            self.wrote_ms = now_ms;
+        }
+        if self.is_tunnel() {
+            self.output.extend_from_slice(bytes);
+        }
+    }
+
+    /// A tunnel is over: the client gets what is there, then the connection ends.
+    pub fn end_tunnel(&mut self, now_ms: u64) {
+        if self.is_tunnel() {
+            self.keep_alive = false;
+            self.response_done(now_ms);
+        }
     }
 
     fn response_done(&mut self, now_ms: u64) {

@@ -63,7 +63,8 @@ impl Client {
             State::Head => Some(self.since_ms + HEAD_TIMEOUT_MS),
             State::Body(_) => Some(self.since_ms + BODY_GRACE_MS + self.body_bytes / MIN_BODY_RATE),
             State::Stream { wanted: true, .. } => Some(self.since_ms + UPLOAD_STALL_MS),
-            State::Stream { .. } | State::Busy => None,
+            // Whoever has its task watches it.
+            State::Stream { .. } | State::Busy | State::Tunnel { .. } => None,
             State::WebSocket(ws) if ws.is_closing() => Some(self.wrote_ms + LINGER_MS),
             State::WebSocket(_) if self.pinged => Some(self.heard_ms + WEBSOCKET_DEAD_MS),
             State::WebSocket(_) => Some(self.heard_ms + WEBSOCKET_PING_MS),
@@ -100,7 +101,7 @@ impl Client {
                 }
             }
             State::Wire(wire) => wire.session.handle_timeout(now_ms),
-            State::Busy => {}
+            State::Busy | State::Tunnel { .. } => {}
         }
     }
 
