@@ -15,6 +15,7 @@
 //! | [`auth`] | passwords, logins, API keys, host tokens |
 //! | [`db`] | the database connection, migrations, one file a table |
 //! | [`audit`] | who did what |
+//! | [`network`] | what a capsule may reach, as requests say it |
 //! | [`budget`] | bounds on what many hold together |
 //! | [`cli`] | the command line |
 
@@ -26,6 +27,7 @@ pub mod cli;
 pub mod db;
 pub mod hosts;
 pub mod http;
+pub mod network;
 pub mod proxy;
 pub mod wire_clients;
 pub mod worker;

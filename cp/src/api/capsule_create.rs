@@ -9,10 +9,11 @@ use super::principal::Principal;
 use crate::audit::{self, Event};
 use crate::auth::id::Kind;
 use crate::db::capsules::{self, NewCapsule};
-use crate::db::{Database, Sql, Stop, hosts};
+use crate::db::{Database, Sql, Stop, hosts, networks};
 use crate::hosts::scheduler::{self, Candidate, Refusal, Wanted};
 use crate::http::context::Context;
-use crate::http::handler::{Flow, HostCall, HostError, Request, Response, Step};
+use crate::http::handler::{Flow, HostCall, HostError, Request, Response, Step, encode};
+use crate::network::Network;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::Instant;
@@ -42,7 +43,7 @@ struct Order {
     memory_mb: i32,
     timeout_sec: i32,
     disk_size_mb: i32,
-    allow_internet: bool,
+    network: Network,
     labels: Value,
 }
 
@@ -79,9 +80,11 @@ impl Order {
             memory_mb: fields.integer("memory_mb", 128..=1_048_576)?.unwrap_or(512),
             timeout_sec: fields.integer("timeout_sec", 0..=31_536_000)?.unwrap_or(0),
             disk_size_mb: fields.integer("disk_size_mb", 256..=16_777_216)?.unwrap_or(DEFAULT_DISK_MB),
-            allow_internet: match fields.object("network")? {
-                Some(network) => network.boolean("allow_internet")?,
-                None => false,
+            network: match fields.object("network")? {
+                Some(fields) => {
+                    Network::default().with("network.", fields.all()).map_err(|e| invalid(&e.to_string()))?
+                }
+                None => Network::default(),
             },
             labels: Value::Object(labels),
         })
@@ -179,6 +182,7 @@ impl Making {
                     created_by: self.principal.actor.id(),
                 },
             )?;
+            networks::insert(sql, &self.id, &self.order.network)?;
             Ok(Place { host_id: candidate.id.clone(), address: candidate.address.clone() })
         })
     }
@@ -202,15 +206,20 @@ impl Making {
             disk_size_mb: self.order.disk_size_mb.unsigned_abs(),
             timeout_sec: self.order.timeout_sec.unsigned_abs(),
             deadline_ms: u32::try_from(left_ms - ANSWER_MS).unwrap_or(u32::MAX),
-            allow_internet: self.order.allow_internet,
+            allow_internet: self.order.network.allow_internet,
             environment: Vec::new(),
         };
-        HostCall::new(&place.host_id, &place.address, &message, left_ms).until::<CapsuleInfo>().then(
-            move |result| match result.and_then(|reply| reply.message::<CapsuleInfo>()) {
+        let mut call = HostCall::new(&place.host_id, &place.address, &message, left_ms);
+        if self.order.network.is_detailed() {
+            // Before the capsule, so that it holds from the first packet on.
+            call.messages.insert(0, encode(&self.order.network.message("", 0)));
+        }
+        call.until::<CapsuleInfo>().then(move |result| {
+            match result.and_then(|reply| reply.message::<CapsuleInfo>()) {
                 Ok(info) => self.finish(place, info),
                 Err(error) => self.fail(place, error),
-            },
-        )
+            }
+        })
     }
 
     /// The host has it running.

@@ -51,6 +51,11 @@ impl Fields {
         self.0.get(name).filter(|value| !value.is_null())
     }
 
+    /// All of them, for what is checked elsewhere.
+    pub fn all(&self) -> &Map<String, Value> {
+        &self.0
+    }
+
     /// An object, if it is there.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 pub mod api_keys;
 pub mod capsule_access;
 pub mod capsule_create;
+pub mod capsule_metrics;
 pub mod capsules;
 pub mod exec;
 pub mod fields;
@@ -18,6 +19,7 @@ mod jobs;
 pub mod lifecycle;
 pub mod login;
 pub mod me;
+pub mod network;
 pub mod principal;
 pub mod processes;
 pub mod streams;
@@ -74,6 +76,9 @@ pub fn routes() -> Vec<Route> {
         Route::new(Post, "/v1/capsules/{id}/ping", lifecycle::ping),
         Route::new(Post, "/v1/capsules/{id}/pause", lifecycle::pause),
         Route::new(Post, "/v1/capsules/{id}/resume", lifecycle::resume),
+        Route::new(Get, "/v1/capsules/{id}/network", network::get),
+        Route::new(Patch, "/v1/capsules/{id}/network", network::change),
+        Route::new(Get, "/v1/capsules/{id}/metrics", capsule_metrics::get),
         Route::new(Post, "/v1/capsules/{id}/exec", exec::exec),
         Route::new(Get, "/v1/capsules/{id}/processes", processes::list),
         Route::new(Delete, "/v1/capsules/{id}/processes/{selector}", processes::kill),

@@ -39,6 +39,7 @@ migrations! {
     2 "hosts" "0002_hosts.sql",
     3 "capsules" "0003_capsules.sql",
     4 "audit" "0004_audit.sql",
+    5 "network" "0005_network.sql",
 }
 
 /// Why the database was not migrated.

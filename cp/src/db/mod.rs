@@ -11,6 +11,7 @@ pub mod error;
 pub mod host_tokens;
 pub mod hosts;
 pub mod migrate;
+pub mod networks;
 pub mod teams;
 pub mod timestamp;
 pub mod users;

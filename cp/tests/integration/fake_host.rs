@@ -3,9 +3,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use wire::message::{
-    CHANNEL_STDERR, CHANNEL_STDOUT, CapsuleCreate, CapsuleDestroy, CapsuleInfo, CapsuleList, CapsulePause,
-    CapsulePing, CapsuleResume, CapsuleState, Code, Done, Error, Forward, HostStatus, HostStatusReply,
-    Message, ProcessExited, ProcessList, ProcessListReply, ProcessSignal, ProcessStart, ProcessStarted,
+    CHANNEL_STDERR, CHANNEL_STDOUT, CapsuleCreate, CapsuleDestroy, CapsuleInfo, CapsuleList, CapsuleMetrics,
+    CapsuleMetricsReply, CapsuleNetwork, CapsulePause, CapsulePing, CapsuleResume, CapsuleState, Code, Done,
+    Error, Forward, HostStatus, HostStatusReply, Message, ProcessExited, ProcessList, ProcessListReply,
+    ProcessSignal, ProcessStart, ProcessStarted,
 };
 use wrenn_cp::http::handler::{HostCall, HostError, Reply};
 
@@ -14,6 +15,8 @@ use wrenn_cp::http::handler::{HostCall, HostError, Reply};
 pub struct FakeHost {
     pub address: String,
     pub capsules: BTreeMap<String, CapsuleInfo>,
+    /// The network policies that it was told, in order.
+    pub networks: Vec<CapsuleNetwork>,
     /// What the next calls fail with, before they are carried out.
     pub failures: VecDeque<HostError>,
     /// What the next create fails with, after it was carried out.
@@ -61,6 +64,7 @@ impl FakeHost {
         FakeHost {
             address: address.to_string(),
             capsules: BTreeMap::new(),
+            networks: Vec::new(),
             failures: VecDeque::new(),
             lost_answers: VecDeque::new(),
             stdout: Vec::new(),
@@ -85,6 +89,22 @@ impl FakeHost {
         }
         match kind(first) {
             CapsuleCreate::KIND => self.create(call, decode(first)),
+            CapsuleNetwork::KIND => {
+                let network = decode::<CapsuleNetwork>(first);
+                let id = network.capsule_id.clone();
+                self.networks.push(network);
+                match call.messages.get(1) {
+                    Some(create) if id.is_empty() => self.create(call, decode(create)),
+                    _ if self.capsules.contains_key(&id) => just(&Done {}),
+                    _ => Err(not_found("such capsule")),
+                }
+            }
+            CapsuleMetrics::KIND => {
+                let asked = decode::<CapsuleMetrics>(first);
+                assert!(self.capsules.contains_key(&asked.capsule_id));
+                let (times, cpu) = (vec![u64::from(asked.range_sec)], vec![1_250]);
+                just(&CapsuleMetricsReply { times, cpu, memory: vec![4096], disk: vec![512] })
+            }
             CapsuleDestroy::KIND => {
                 assert!(call.is_detached || call.timeout_ms <= 20_000, "a client's leaving must not stop it");
                 let id = decode::<CapsuleDestroy>(first).capsule_id;

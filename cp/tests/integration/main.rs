@@ -10,6 +10,7 @@ mod fake_host;
 mod hosts;
 mod lifecycle;
 mod migrations;
+mod network;
 mod postgres;
 mod proxying;
 mod reconciling;

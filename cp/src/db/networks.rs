@@ -1,0 +1,78 @@
+//! `capsules`: what each may reach of the internet.
+
+use super::{DbError, Sql, column, json_column};
+use crate::network::Network;
+
+/// A capsule's network as it is on record.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    /// What it may reach.
+    pub network: Network,
+    /// How many changes of it were begun.
+    pub revision: u64,
+}
+
+/// Notes what a capsule that is being made may reach.
+///
+/// # Errors
+/// What the database says.
+pub fn insert(sql: &mut dyn Sql, capsule_id: &str, network: &Network) -> Result<(), DbError> {
+    let text = text(network)?;
+    sql.execute("update capsules set network = $2::text::jsonb where id = $1", &[&capsule_id, &text])?;
+    Ok(())
+}
+
+/// What a capsule may reach.
+///
+/// # Errors
+/// What the database says.
+pub fn get(sql: &mut dyn Sql, capsule_id: &str) -> Result<Network, DbError> {
+    let row = sql.row("select network::text as network from capsules where id = $1", &[&capsule_id])?;
+    row.map_or_else(|| Ok(Network::default()), |row| network(json_column(&row, "network")?))
+}
+
+/// Begins a change: what holds, and the change's own number.
+///
+/// # Errors
+/// What the database says.
+pub fn begin(sql: &mut dyn Sql, capsule_id: &str) -> Result<Stored, DbError> {
+    let row = sql.row(
+        "update capsules set network_revision = network_revision + 1 where id = $1
+         returning network::text as network, network_revision",
+        &[&capsule_id],
+    )?;
+    let row = row.ok_or_else(|| DbError::Bug(format!("capsule {capsule_id} is gone")))?;
+    let revision: i64 = column(&row, "network_revision")?;
+    Ok(Stored {
+        network: network(json_column(&row, "network")?)?,
+        revision: u64::try_from(revision).unwrap_or(0),
+    })
+}
+
+/// Notes a change that its host has made; `false` when a later one was noted already.
+///
+/// # Errors
+/// What the database says.
+pub fn finish(
+    sql: &mut dyn Sql,
+    capsule_id: &str,
+    network: &Network,
+    revision: u64,
+) -> Result<bool, DbError> {
+    let text = text(network)?;
+    let revision = i64::try_from(revision).unwrap_or(i64::MAX);
+    let changed = sql.execute(
+        "update capsules set network = $2::text::jsonb, network_applied = $3
+         where id = $1 and network_applied < $3",
+        &[&capsule_id, &text, &revision],
+    )?;
+    Ok(changed > 0)
+}
+
+fn text(network: &Network) -> Result<String, DbError> {
+    serde_json::to_string(network).map_err(|e| DbError::Bug(format!("a network as JSON: {e}")))
+}
+
+fn network(value: serde_json::Value) -> Result<Network, DbError> {
+    serde_json::from_value(value).map_err(|e| DbError::Bug(format!("the network on record: {e}")))
+}

@@ -1,0 +1,152 @@
+//! Network policies and metrics: checked, sent, noted, told.
+
+use crate::stage::{ADMIN, Stage, error, json, text};
+use serde_json::{Value, json};
+use wire::message::{CapsuleCreate, CapsuleMetrics, CapsuleNetwork, Code, Error, Message};
+use wrenn_cp::http::handler::HostError;
+use wrenn_cp::http::handler::Method::{Delete, Get, Patch, Post};
+use wrenn_cp::http::handler::{Method, Response};
+
+struct Team {
+    stage: Stage,
+    key: String,
+}
+
+impl Team {
+    fn new() -> Team {
+        let mut stage = Stage::new();
+        let bearer = stage.person(ADMIN);
+        let key = stage.api_key(&bearer);
+        stage.add_host(&bearer, "10.0.0.1:50051", 4096);
+        Team { stage, key }
+    }
+
+    fn ask(&mut self, method: Method, path: &str, body: &Value) -> Response {
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        self.stage.request(method, path, ("x-api-key", &self.key), &body)
+    }
+
+    fn create(&mut self, body: &Value) -> String {
+        let answer = self.ask(Post, "/v1/capsules", body);
+        assert_eq!(answer.status, 201, "{:?}", answer.error_message());
+        format!("/v1/capsules/{}", text(&json(&answer)["id"]))
+    }
+
+    fn audited(&mut self) -> Vec<(String, Value)> {
+        crate::postgres::client(&self.stage.url)
+            .query(
+                "select outcome, metadata::text from audit_log where action = 'capsule.network'
+                 order by created_at",
+                &[],
+            )
+            .expect("query")
+            .iter()
+            .map(|row| (row.get(0), serde_json::from_str(row.get(1)).expect("JSON")))
+            .collect()
+    }
+}
+
+fn refused(answer: &Response) -> (u16, String) {
+    let (status, code, _) = error(answer);
+    (status, code)
+}
+
+fn closed() -> Value {
+    json!({"allow_internet": false, "allow": [], "deny": [],
+           "limits": {"egress_kbit": 0, "egress_packets": 0, "ingress_kbit": 0, "ingress_packets": 0}})
+}
+
+#[test]
+fn a_policy_goes_before_the_capsule_that_it_is_for() {
+    let mut team = Team::new();
+    let plain = team.create(&json!({"network": {"allow_internet": true}}));
+    assert_eq!(team.stage.hosts[0].calls.last(), Some(&CapsuleCreate::KIND));
+    assert!(team.stage.hosts[0].networks.is_empty());
+    let mut open = closed();
+    open["allow_internet"] = json!(true);
+    assert_eq!(json(&team.ask(Get, &format!("{plain}/network"), &Value::Null)), open);
+
+    let network = json!({"allow": [{"cidr": "9.9.9.9", "protocol": "udp", "ports": 53}]});
+    let path = team.create(&json!({"network": network}));
+    let host = &team.stage.hosts[0];
+    assert_eq!(host.calls.last(), Some(&CapsuleNetwork::KIND));
+    let sent = &host.networks[0];
+    assert_eq!((sent.capsule_id.as_str(), sent.revision, sent.allow_internet), ("", 0, false));
+    assert_eq!(sent.allow, ["udp 9.9.9.9/32 53-53"]);
+    let told = json(&team.ask(Get, &format!("{path}/network"), &Value::Null));
+    assert_eq!(told["allow"], json!([{"cidr": "9.9.9.9/32", "protocol": "udp", "ports": "53"}]));
+
+    for bad in
+        [json!({"allow": ["10.0.0.1"]}), json!({"allow_internet": "yes"}), json!({"open": true}), json!(5)]
+    {
+        let answer = team.ask(Post, "/v1/capsules", &json!({"network": bad}));
+        assert_eq!(refused(&answer), (400, "invalid_request".to_string()), "{bad}");
+    }
+}
+
+#[test]
+fn a_policy_is_changed_field_by_field() {
+    let mut team = Team::new();
+    let path = team.create(&json!({"network": {"allow_internet": true}}));
+    let network = format!("{path}/network");
+    let answer = team.ask(Patch, &network, &json!({"deny": ["8.8.8.8"], "limits": {"egress_kbit": 1000}}));
+    assert_eq!(answer.status, 200, "{:?}", answer.error_message());
+    let answer = team.ask(Patch, &network, &json!({"allow_internet": false, "allow": ["1.1.1.1"]}));
+    let expected = json!({
+        "allow_internet": false,
+        "allow": [{"cidr": "1.1.1.1/32", "protocol": "any", "ports": null}],
+        "deny": [{"cidr": "8.8.8.8/32", "protocol": "any", "ports": null}],
+        "limits": {"egress_kbit": 1000, "egress_packets": 0, "ingress_kbit": 0, "ingress_packets": 0},
+    });
+    assert_eq!(json(&answer), expected);
+    assert_eq!(json(&team.ask(Get, &network, &Value::Null)), expected);
+    let sent = &team.stage.hosts[0].networks;
+    assert_eq!(sent.iter().map(|n| n.revision).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!((sent[1].allow.len(), sent[1].deny.len(), sent[1].egress_kbit), (1, 1, 1000));
+    assert!(path.ends_with(&sent[1].capsule_id));
+    let audited = team.audited();
+    assert_eq!(audited.len(), 2);
+    assert_eq!((audited[1].0.as_str(), &audited[1].1["network"]), ("success", &expected));
+
+    // What the host does not do is not on record as done.
+    let fault = Error::new(Code::Internal, "nft did not finish");
+    team.stage.hosts[0].failures.push_back(HostError::Remote(fault));
+    let answer = team.ask(Patch, &network, &json!({"deny": []}));
+    assert_eq!(error(&answer).0, 502);
+    assert_eq!(json(&team.ask(Get, &network, &Value::Null)), expected);
+    assert_eq!(team.audited()[2].0, "failure");
+
+    for bad in
+        [json!({}), json!([]), json!({"deny": null}), json!({"deny": ["x"]}), json!({"limits": {"x": 1}})]
+    {
+        let answer = team.ask(Patch, &network, &bad);
+        assert_eq!(refused(&answer), (400, "invalid_request".to_string()), "{bad}");
+    }
+}
+
+#[test]
+fn only_what_runs_has_a_policy_that_can_be_changed_and_metrics() {
+    let mut team = Team::new();
+    let path = team.create(&json!({}));
+    let answer = team.ask(Get, &format!("{path}/metrics?range=2h"), &Value::Null);
+    assert_eq!(answer.status, 200, "{:?}", answer.error_message());
+    let told = json(&answer);
+    assert!(path.ends_with(told["sandbox_id"].as_str().expect("an id")));
+    assert_eq!(told["range"], "2h");
+    let point = json!({"timestamp_unix": 7200, "cpu_pct": 12.5, "mem_bytes": 4096, "disk_bytes": 512});
+    assert_eq!(told["points"], json!([point]));
+    assert_eq!(team.stage.hosts[0].calls.last(), Some(&CapsuleMetrics::KIND));
+    let answer = team.ask(Get, &format!("{path}/metrics?range=3h"), &Value::Null);
+    assert_eq!(refused(&answer), (400, "invalid_request".to_string()));
+
+    assert_eq!(team.ask(Delete, &path, &Value::Null).status, 204);
+    for (method, what, body) in [(Get, "metrics", Value::Null), (Get, "network", Value::Null)] {
+        let answer = team.ask(method, &format!("{path}/{what}"), &body);
+        assert_eq!(refused(&answer), (404, "not_found".to_string()), "{what}");
+    }
+    let answer = team.ask(Patch, &format!("{path}/network"), &json!({"allow_internet": true}));
+    assert_eq!(refused(&answer), (409, "invalid_state".to_string()));
+    assert_eq!(team.stage.hosts[0].networks, []);
+    let nobody = "/v1/capsules/cl-0000000000000000000000000/network";
+    assert_eq!(team.ask(Patch, nobody, &json!({"allow_internet": true})).status, 404);
+}
