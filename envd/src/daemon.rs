@@ -44,7 +44,7 @@ pub struct Daemon {
     listener: Fd,
     signals: Fd,
     gate: Gate,
-    identity: Identity,
+    pub(crate) identity: Identity,
     /// Connections that have more to do than fitted in their turn.
     busy: bool,
     stopping: bool,

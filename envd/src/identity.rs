@@ -71,6 +71,11 @@ impl Identity {
         fresh
     }
 
+    /// The guest is about to be saved: who it is when it goes on is to be asked anew.
+    pub fn forget_freshness(&mut self) {
+        self.fetched_ms = None;
+    }
+
     /// When [`Identity::handle_timeout`] is due.
     pub fn next_timeout_ms(&self) -> Option<u64> {
         self.due_ms

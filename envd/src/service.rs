@@ -134,6 +134,7 @@ impl Daemon {
             GuestPrepareSnapshot::KIND => {
                 decode::<GuestPrepareSnapshot>(body)?;
                 crate::sys::boot::sync_all();
+                self.identity.forget_freshness();
                 self.connections.send_last(key, &Done {});
             }
             GuestMetrics::KIND => {
