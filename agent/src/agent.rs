@@ -285,6 +285,7 @@ impl Agent {
             Report::NetworkChanged { waiter, capsule_id, result } => {
                 self.on_network_changed(waiter, &capsule_id, result);
             }
+            Report::Snapshots(waiter, report) => self.on_snapshots_report(waiter, report),
             Report::Registration(report) => {
                 self.registration.on_report(report, self.ctx.now_ms());
                 if let Some(verifier) = self.registration.take_new_verifier() {
@@ -416,9 +417,11 @@ impl Agent {
                 log::info!("capsule {id}: {} after {elapsed_ms} ms", work.done());
                 capsule.note_use(&mut self.ctx);
                 let caller = capsule.caller.take();
-                let info = capsule.info(&self.ctx);
-                if let Some(caller) = caller {
-                    self.answer(caller, &info);
+                let (info, snapshot) = (capsule.info(&self.ctx), capsule.made_snapshot.take());
+                match (caller, snapshot) {
+                    (Some(caller), Some(snapshot)) => self.answer(caller, &snapshot),
+                    (Some(caller), None) => self.answer(caller, &info),
+                    (None, _) => {}
                 }
             }
             Action::Failed(work, failure) => {

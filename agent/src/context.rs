@@ -7,6 +7,7 @@ use crate::disk::Backend;
 use crate::layout::{Kernel, Layout};
 use crate::net::{NetError, SlotAllocator};
 use crate::registration::Report as RegistrationReport;
+use crate::snapshots::{SharedMemory, SnapshotError};
 use crate::vmm::qemu::Qemu;
 use crate::worker::Workers;
 use mio::event::Source as MioSource;
@@ -16,6 +17,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 use wire::auth::NONCE_LEN;
+use wire::message::SnapshotInfo;
 use wire::reactor::Timers;
 use wire::reactor::sys::random;
 use wire::session::StreamId;
@@ -67,6 +69,17 @@ pub enum Report {
         /// How it ended.
         result: Result<(), NetError>,
     },
+    /// Of what a stream asked about snapshots.
+    Snapshots((PeerId, StreamId), SnapshotsReport),
+}
+
+/// What came of a request about snapshots.
+#[derive(Debug)]
+pub enum SnapshotsReport {
+    /// All of them.
+    Listed(Vec<SnapshotInfo>),
+    /// It is deleted, or not.
+    Deleted(Result<(), SnapshotError>),
 }
 
 /// What the host offers to capsules.
@@ -86,6 +99,8 @@ pub struct Host {
     pub cpu_cores: u32,
     /// Memory, in MiB.
     pub memory_mb: u32,
+    /// The memory that capsules of one snapshot share.
+    pub shared_memory: SharedMemory,
     /// When a create without a deadline of its own is given up, in milliseconds.
     pub create_deadline_ms: u64,
 }

@@ -4,7 +4,7 @@
 //! kernels/vmlinux[-SEMVER], kernels/initramfs.img[-SEMVER]   the guest kernel, the highest version wins
 //! images/NAME/rootfs.ext4                                    templates
 //! sandboxes/ID/                                              one directory a capsule
-//! snapshots/                                                 saved capsules
+//! snapshots/NAME/                                            saved capsules that others start from
 //! host-token                                                 this host's credentials, mode 0600
 //! agent.lock                                                 held by the one agent of this directory
 //! ```
@@ -191,6 +191,14 @@ impl Layout {
     /// Where saved capsules are.
     pub fn snapshots(&self) -> PathBuf {
         self.root.join("snapshots")
+    }
+
+    /// A snapshot's directory.
+    pub fn snapshot(&self, name: &str) -> Result<PathBuf, LayoutError> {
+        if !is_template_name(name) {
+            return Err(LayoutError::BadTemplateName(name.to_string()));
+        }
+        Ok(self.snapshots().join(name))
     }
 
     /// This host's credentials.

@@ -10,6 +10,7 @@
 //! - [`net`]: one network namespace a capsule, its TAP, its firewall and its metadata service
 //! - [`disk`]: the private writable disk of a capsule
 //! - [`vmm`]: the virtual machine monitors (QEMU)
+//! - [`snapshots`]: running capsules written down under a name, from which others start
 //! - [`sys`]: the kernel interfaces the above need, the only home of `unsafe`
 
 mod access;
@@ -28,6 +29,7 @@ pub mod pipe;
 pub mod registration;
 pub mod service;
 pub mod sessions;
+pub mod snapshots;
 pub mod startup;
 pub mod sys;
 pub mod vmm;

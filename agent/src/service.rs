@@ -4,10 +4,11 @@ use crate::agent::{Agent, Dirty, MAX_CAPSULES};
 use crate::capsule::failure::Failure;
 use crate::capsule::lifecycle::{Event as LifeEvent, Part, Work};
 use crate::capsule::spec::{self, MAX_DEADLINE_MS, Reserved};
-use crate::capsule::{Capsule, CapsuleKey, CapsuleTimer, MAX_WAITERS, Spec};
-use crate::context::{PeerId, TimerKey};
+use crate::capsule::{Capsule, CapsuleKey, CapsuleTimer, MAX_WAITERS, SnapshotOrder, Spec};
+use crate::context::{PeerId, Report, SnapshotsReport, TimerKey};
 use crate::forward::Forward;
 use crate::net::Policy;
+use crate::snapshots::{self, SnapshotError};
 use crate::sys::resources;
 use mio::Token;
 use std::collections::{BTreeMap, VecDeque};
@@ -15,7 +16,8 @@ use std::net::SocketAddr;
 use wire::codec::DecodeError;
 use wire::message::{
     self as message, CapsuleCreate, CapsuleDestroy, CapsuleGet, CapsuleList, CapsulePause, CapsulePing,
-    CapsuleResume, CapsuleState, Code, Done, Health, HealthReply, HostStatus, HostStatusReply, Message,
+    CapsuleResume, CapsuleSnapshot, CapsuleState, Code, Done, Health, HealthReply, HostStatus,
+    HostStatusReply, Message, SnapshotDelete, SnapshotList,
 };
 use wire::reactor::Link;
 use wire::session::{Event, SendError, StreamId};
@@ -56,6 +58,18 @@ pub enum StreamUse {
     Listing(VecDeque<CapsuleKey>),
     /// It is answered; the caller's half is still open.
     Answered,
+}
+
+/// The error code that the far end gets.
+fn snapshot_code(error: &SnapshotError) -> Code {
+    match error {
+        SnapshotError::Io { .. } => Code::Internal,
+        SnapshotError::Name(_) => Code::InvalidRequest,
+        SnapshotError::NotThere(_) => Code::NotFound,
+        SnapshotError::Exists(_) => Code::AlreadyExists,
+        SnapshotError::TooMany => Code::ResourceExhausted,
+        SnapshotError::OtherVmm { .. } => Code::InvalidState,
+    }
 }
 
 impl Agent {
@@ -100,6 +114,9 @@ impl Agent {
             CapsuleDestroy::KIND => CapsuleDestroy::decode(body).map(|m| self.on_destroy(waiter, &m)),
             CapsulePause::KIND => CapsulePause::decode(body).map(|m| self.on_pause(waiter, &m)),
             CapsuleResume::KIND => CapsuleResume::decode(body).map(|m| self.on_resume(waiter, &m)),
+            CapsuleSnapshot::KIND => CapsuleSnapshot::decode(body).map(|m| self.on_snapshot(waiter, m)),
+            SnapshotList::KIND => SnapshotList::decode(body).map(|_| self.on_snapshot_list(waiter)),
+            SnapshotDelete::KIND => SnapshotDelete::decode(body).map(|m| self.on_snapshot_delete(waiter, m)),
             CapsulePing::KIND => CapsulePing::decode(body).map(|m| self.on_ping(waiter, &m)),
             CapsuleGet::KIND => CapsuleGet::decode(body).map(|m| self.on_get(waiter, &m)),
             CapsuleList::KIND => CapsuleList::decode(body).map(|_| self.on_list(waiter)),
@@ -271,6 +288,66 @@ impl Agent {
         } else {
             let text = format!("the capsule is {}, not running", state.name());
             self.answer_error(waiter, Code::InvalidState, text);
+        }
+    }
+
+    fn on_snapshot(&mut self, waiter: (PeerId, StreamId), request: CapsuleSnapshot) {
+        let Some(key) = self.find(waiter, &request.capsule_id) else { return };
+        let CapsuleSnapshot { name, overwrite, .. } = request;
+        if let Err(e) = snapshots::check_name(&self.ctx.host.layout, &name, overwrite) {
+            self.answer_error(waiter, snapshot_code(&e), e.to_string());
+            return;
+        }
+        let Some(capsule) = self.capsules.get_mut(&key) else { return };
+        if let Err(text) = capsule.lifecycle.check(Work::Snapshot) {
+            self.answer_error(waiter, Code::InvalidState, text);
+            return;
+        }
+        capsule.order_snapshot(SnapshotOrder { name, overwrite });
+        if let Err((code, text)) = self.begin_work(waiter, key, Work::Snapshot) {
+            self.answer_error(waiter, code, text);
+        }
+    }
+
+    fn on_snapshot_list(&mut self, waiter: (PeerId, StreamId)) {
+        self.use_stream(waiter, StreamUse::Answered);
+        let host = self.ctx.host.clone();
+        self.ctx.workers.submit(move || {
+            let found = snapshots::list(&host.layout);
+            let infos = found.iter().map(|(name, snapshot)| snapshot.info(name)).collect();
+            Report::Snapshots(waiter, SnapshotsReport::Listed(infos))
+        });
+    }
+
+    fn on_snapshot_delete(&mut self, waiter: (PeerId, StreamId), request: SnapshotDelete) {
+        self.use_stream(waiter, StreamUse::Answered);
+        let host = self.ctx.host.clone();
+        self.ctx.workers.submit(move || {
+            let deleted = snapshots::delete(&host.layout, &request.name);
+            Report::Snapshots(waiter, SnapshotsReport::Deleted(deleted))
+        });
+    }
+
+    /// What a worker has done about snapshots is told to whoever asked.
+    pub(crate) fn on_snapshots_report(&mut self, waiter: (PeerId, StreamId), report: SnapshotsReport) {
+        match report {
+            SnapshotsReport::Listed(infos) => {
+                let Some(peer) = self.peers.get_mut(&waiter.0) else { return };
+                // A few KiB for each hundred; what does not fit into the session's bound is not told.
+                for info in infos {
+                    if let Err(e) = peer.link.session.send(waiter.1, &info) {
+                        log::warn!("a list of snapshots to {} broke off: {e}", peer.address);
+                        let text = "the host has more snapshots than fit into one answer";
+                        self.answer_error(waiter, Code::ResourceExhausted, text);
+                        return;
+                    }
+                }
+                self.answer(waiter, &Done {});
+            }
+            SnapshotsReport::Deleted(Ok(())) => self.answer(waiter, &Done {}),
+            SnapshotsReport::Deleted(Err(e)) => {
+                self.answer_error(waiter, snapshot_code(&e), e.to_string());
+            }
         }
     }
 

@@ -11,6 +11,7 @@ use crate::disk::{Backend, DiskError};
 use crate::layout::{Layout, LayoutError, Lock};
 use crate::net::{NetError, Slot, SlotAllocator, existing_slots, host};
 use crate::registration::{self, Credentials, CredentialsError, Registration};
+use crate::snapshots::{self, SharedMemory};
 use crate::sys::resources;
 use crate::vmm::VmmError;
 use crate::vmm::qemu::Qemu;
@@ -156,6 +157,7 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
         Backend::Reflink | Backend::Overlay => None,
     };
     host::install(true)?;
+    snapshots::clear_drafts(&layout);
     let paused = cleared.paused;
     let kept = paused.iter().map(|left| left.slot).chain(cleared.left.iter().filter_map(|(_, slot)| *slot));
     let slots = free_slots(&config, kept)?;
@@ -193,6 +195,7 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
         disks,
         cpu_cores: cpu_cores()?,
         memory_mb: memory_mb()?,
+        shared_memory: SharedMemory::default(),
         create_deadline_ms,
     };
     let context = Context::new(host, registry, workers, slots);

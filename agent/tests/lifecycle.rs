@@ -7,8 +7,9 @@ use common::{Agent, Client, Place, creation, guest_directory};
 use std::time::{Duration, Instant};
 use wire::codec::Bytes;
 use wire::message::{
-    CapsuleCreate, CapsuleGet, CapsuleInfo, CapsulePause, CapsulePing, CapsuleResume, CapsuleState, Code,
-    Done, Error, Forward, Message, ProcessStart, ProcessStarted,
+    CapsuleCreate, CapsuleGet, CapsuleInfo, CapsulePause, CapsulePing, CapsuleResume, CapsuleSnapshot,
+    CapsuleState, Code, Done, Error, Forward, Message, ProcessStart, ProcessStarted, SnapshotDelete,
+    SnapshotInfo,
 };
 
 fn pause(cp: &mut Client, id: &str) -> Result<CapsuleInfo, Error> {
@@ -170,4 +171,66 @@ fn an_idle_capsule_is_paused_unless_somebody_pings() {
     resume(&mut cp, "cl-idle").expect("resumed");
     cp.destroy("cl-idle").expect("destroyed");
     assert_eq!(place.remains(), Vec::<String>::new());
+}
+
+#[test]
+fn capsules_start_from_a_snapshot_where_it_was_and_are_apart() {
+    let Some(guest) = guest_directory() else { return };
+    let place = Place::with_guest(4, &guest);
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    cp.create("cl-origin").expect("created");
+    start_detached(&mut cp, "cl-origin", COUNTER);
+    shell(&mut cp, "cl-origin", "while [ ! -s /tmp/pid ]; do sleep 0.05; done; echo of-origin >$HOME/file");
+    let order = |name: &str, overwrite| CapsuleSnapshot {
+        capsule_id: "cl-origin".into(),
+        name: name.into(),
+        overwrite,
+    };
+    let begun = Instant::now();
+    let info: SnapshotInfo = cp.ask(&order("warm", false)).expect("made");
+    eprintln!("snapshot made in {:?}, {} KiB", begun.elapsed(), info.size_bytes / 1024);
+    assert_eq!((info.name.as_str(), info.vcpus, info.memory_mb), ("warm", 1, 256));
+    assert_eq!(shell(&mut cp, "cl-origin", ASK_COUNTER), "42", "it runs on");
+    for (name, expected) in
+        [("warm", Code::AlreadyExists), ("minimal", Code::AlreadyExists), ("../x", Code::InvalidRequest)]
+    {
+        let error = cp.ask::<_, SnapshotInfo>(&order(name, false)).expect_err("refused");
+        assert_eq!(error.code(), expected, "{error}");
+    }
+    let mut seen = Vec::new();
+    for id in ["cl-first", "cl-second"] {
+        let begun = Instant::now();
+        let request = CapsuleCreate { template: "warm".into(), memory_mb: 512, ..creation(id) };
+        let made: CapsuleInfo = cp.ask(&request).expect("started");
+        eprintln!("{id} runs after {:?}", begun.elapsed());
+        assert_eq!((made.memory_mb, made.template.as_str()), (256, "warm"), "the machine is as it was");
+        assert_eq!(shell(&mut cp, id, ASK_COUNTER), "42", "the process goes on from the snapshot");
+        assert_eq!(shell(&mut cp, id, "cat $HOME/file"), "of-origin");
+        shell(&mut cp, id, &format!("echo {id} >$HOME/file"));
+        let random = shell(&mut cp, id, "head -c 16 /dev/urandom | od -An -tx1");
+        seen.push((random, made.host_ip));
+        let guest_time: u64 = shell(&mut cp, id, "date +%s").parse().expect("seconds");
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("now").as_secs();
+        assert!(now.abs_diff(guest_time) <= 2, "{id}: the guest's clock is {guest_time}, it is {now}");
+    }
+    assert!(seen[0].0 != seen[1].0 && seen[0].1 != seen[1].1, "{seen:?}");
+    // Replaced and deleted, it is still the base of those that are there, paused ones too.
+    let _: SnapshotInfo = cp.ask(&order("warm", true)).expect("replaced");
+    pause(&mut cp, "cl-first").expect("paused");
+    let Done {} = cp.ask(&SnapshotDelete { name: "warm".into() }).expect("deleted");
+    let error = cp.ask::<_, Done>(&SnapshotDelete { name: "warm".into() }).expect_err("gone");
+    assert_eq!(error.code(), Code::NotFound, "{error}");
+    resume(&mut cp, "cl-first").expect("resumed");
+    pause(&mut cp, "cl-first").expect("paused again");
+    resume(&mut cp, "cl-first").expect("resumed again");
+    for id in ["cl-first", "cl-second"] {
+        assert_eq!(shell(&mut cp, id, "cat $HOME/file"), id);
+    }
+    assert_eq!(shell(&mut cp, "cl-origin", "cat $HOME/file"), "of-origin");
+    for id in ["cl-first", "cl-second", "cl-origin"] {
+        cp.destroy(id).expect("destroyed");
+    }
+    assert_eq!(place.remains(), Vec::<String>::new());
+    assert_eq!(std::fs::read_dir(place.directory.join("snapshots")).expect("listed").count(), 0);
 }

@@ -4,14 +4,16 @@
 use super::failure::Failure;
 use super::lifecycle::{Event, Goal, Part};
 use super::machine::{KILL_TIMEOUT_MS, MachineFailure};
-use super::saving::{RestoreReport, SaveReport};
+use super::saving::{RestoreReport, SaveReport, SnapshotReport};
 use super::{Capsule, CapsuleTimer, FIRST_UID, GuestLink, MIB, Source, record};
 use crate::context::{Context, Report, Source as LoopSource, TimerKey};
 use crate::disk::{self, Disk, DiskError, DiskSpec};
 use crate::net::{CapsuleNetwork, NetError, Tap, destroy_remains};
+use crate::snapshots::link_disk;
 use crate::vmm::Machine;
 use std::fmt;
 use std::io;
+use std::path::Path;
 use wire::message::CapsuleState;
 
 /// Other slots that are tried when one turns out to be somebody else's.
@@ -38,6 +40,8 @@ pub enum CapsuleReport {
     Saved(Box<SaveReport>),
     /// There was no machine to save any more.
     NotSaved,
+    /// A snapshot is made, or there is none; the guest runs on either way.
+    SnapshotMade(Box<SnapshotReport>),
     /// The machine goes on from its image, or the capsule is still paused.
     Restored(Box<RestoreReport>),
 }
@@ -76,9 +80,21 @@ impl Capsule {
             Part::Disk => {
                 let (backend, directory) = (ctx.host.disks, self.directory.clone());
                 let (base, size_bytes) = (self.spec.image.clone(), self.spec.disk_bytes);
+                let of_snapshot = self.spec.snapshot.is_some();
                 self.submit(ctx, move || {
-                    let spec = DiskSpec { base: &base, directory: &directory, size_bytes };
-                    CapsuleReport::DiskMade(backend.create(&spec))
+                    let create =
+                        |base: &Path| backend.create(&DiskSpec { base, directory: &directory, size_bytes });
+                    CapsuleReport::DiskMade(if of_snapshot {
+                        link_disk(&base, &directory)
+                            .map_err(|source| DiskError::System {
+                                step: "linking",
+                                path: base.clone(),
+                                source,
+                            })
+                            .and_then(|link| create(&link))
+                    } else {
+                        create(&base)
+                    })
                 });
                 None
             }
@@ -175,6 +191,9 @@ impl Capsule {
         if let CapsuleReport::Saved(report) = report {
             return self.on_saved(ctx, *report);
         }
+        if let CapsuleReport::SnapshotMade(report) = report {
+            return self.on_snapshot_made(ctx, *report);
+        }
         self.on_other_report(ctx, report).into_iter().collect()
     }
 
@@ -190,6 +209,9 @@ impl Capsule {
                     self.record.kept.disk_mb = self.disk_mb;
                     self.disk = Some(disk);
                     Event::Made(Part::Disk)
+                }
+                Err(e) if e.is_storage_full() => {
+                    Event::MakeFailed(Part::Disk, Failure::NoRoom(e.to_string()))
                 }
                 Err(e) => make_failed(Part::Disk, e),
             }),
@@ -208,8 +230,13 @@ impl Capsule {
             }),
             CapsuleReport::DiskRemoved(result) => Some(removed(Part::Disk, result)),
             CapsuleReport::RecordRemoved(result) => Some(removed(Part::Record, result)),
-            CapsuleReport::Saved(_) | CapsuleReport::NotSaved => {
-                Some(Event::SaveFailed(Failure::Save("the virtual machine has ended".into())))
+            CapsuleReport::Saved(_) | CapsuleReport::SnapshotMade(_) | CapsuleReport::NotSaved => {
+                let failure = Failure::Save("the virtual machine has ended".into());
+                // Which of the two was asked for.
+                Some(match self.snapshot_order.take() {
+                    Some(_) => Event::SnapshotFailed(failure),
+                    None => Event::SaveFailed(failure),
+                })
             }
             CapsuleReport::Restored(report) => Some(self.on_restored(ctx, *report)),
         }
@@ -347,6 +374,7 @@ impl CapsuleReport {
             CapsuleReport::DiskRemoved(_) => "disk removed",
             CapsuleReport::RecordRemoved(_) => "record removed",
             CapsuleReport::Saved(_) => "saved",
+            CapsuleReport::SnapshotMade(_) => "snapshot made",
             CapsuleReport::NotSaved => "not saved",
             CapsuleReport::Restored(_) => "restored",
         }

@@ -14,6 +14,8 @@ pub enum Failure {
         /// Why, with step, path and errno.
         reason: String,
     },
+    /// The storage is full; why, with path and what is left.
+    NoRoom(String),
     /// A part could not be removed.
     Remove {
         /// Which.
@@ -54,6 +56,7 @@ impl Failure {
     pub fn code(&self) -> Code {
         match self {
             Failure::Make { .. } | Failure::Remove { .. } | Failure::Save(_) => Code::Internal,
+            Failure::NoRoom(_) => Code::ResourceExhausted,
             Failure::MachineEnded(_) | Failure::ShutDownByGuest(_) => Code::Unavailable,
             Failure::Deadline { .. } => Code::DeadlineExceeded,
             Failure::Cancelled | Failure::Destroyed => Code::Cancelled,
@@ -71,6 +74,7 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Failure::Make { part, reason } => write!(f, "the {} could not be made: {reason}", part.name()),
+            Failure::NoRoom(reason) => write!(f, "this host has no room for another disk: {reason}"),
             Failure::Remove { part, reason } => {
                 write!(f, "the {} could not be removed: {reason}; destroy it again", part.name())
             }

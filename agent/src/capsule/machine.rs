@@ -5,7 +5,7 @@ use super::failure::Failure;
 use super::lifecycle::{Event, Part};
 use super::metadata::MetadataService;
 use super::record::{ProcessRecord, Record};
-use super::saving::restore;
+use super::saving::{restore, start_from_snapshot};
 use super::spec::command_line;
 use super::{Capsule, CapsuleTimer, Source};
 use crate::config::guest_name_server;
@@ -87,6 +87,13 @@ impl Capsule {
         let mut record = self.record.clone();
         if self.lifecycle.has_image() {
             self.submit(ctx, move || restore(&qemu, spec, tap, namespace, record, &directory));
+            return Ok(());
+        }
+        if let Some(snapshot) = self.spec.snapshot.clone() {
+            let host = ctx.host.clone();
+            self.submit(ctx, move || {
+                start_from_snapshot(&host, &snapshot, spec, tap, namespace, record, &directory)
+            });
             return Ok(());
         }
         self.submit(ctx, move || {

@@ -40,8 +40,10 @@ use metadata::MetadataService;
 use mio::Token;
 use record::{Kept, Record};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::PathBuf;
-use wire::message::{CapsuleInfo, CapsuleState};
+use std::sync::Arc;
+use wire::message::{CapsuleInfo, CapsuleState, SnapshotInfo};
 use wire::session::StreamId;
 
 /// A capsule's number in this run of the agent, never used twice.
@@ -140,6 +142,20 @@ pub struct Capsule {
     last_guest_error: String,
     envd_version: String,
     preparing: Option<StreamId>,
+    snapshot_order: Option<SnapshotOrder>,
+    /// What was made of the last order.
+    pub made_snapshot: Option<SnapshotInfo>,
+    /// Held while its machine may map it.
+    shared_memory: Option<Arc<File>>,
+}
+
+/// A snapshot that was asked for.
+#[derive(Debug, Clone)]
+pub struct SnapshotOrder {
+    /// Its name.
+    pub name: String,
+    /// Whether it takes another's place.
+    pub overwrite: bool,
 }
 
 impl Capsule {
@@ -221,6 +237,9 @@ impl Capsule {
             last_guest_error: String::new(),
             envd_version: String::new(),
             preparing: None,
+            snapshot_order: None,
+            made_snapshot: None,
+            shared_memory: None,
         }
     }
 
@@ -246,7 +265,7 @@ impl Capsule {
                 match action {
                     Action::Make(part) => events.extend(self.make(ctx, part)),
                     Action::Remove(part) => events.extend(self.remove(ctx, part)),
-                    Action::Save => self.begin_save(ctx),
+                    Action::Save | Action::MakeSnapshot => self.begin_save(ctx),
                     Action::RetryAfter(wait_ms) => self.set_timer(ctx, CapsuleTimer::Retry, wait_ms),
                     other => {
                         if matches!(
@@ -269,6 +288,11 @@ impl Capsule {
             }
         }
         for_others
+    }
+
+    /// What the next snapshot of it is to be.
+    pub fn order_snapshot(&mut self, order: SnapshotOrder) {
+        self.snapshot_order = Some(order);
     }
 
     /// It is in use, or begins to run: its idle time starts anew.

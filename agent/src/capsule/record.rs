@@ -113,6 +113,7 @@ impl Record {
             template: self.template.clone(),
             // Its disk is made.
             image: PathBuf::new(),
+            snapshot: None,
             vcpus: self.vcpus,
             memory_mb: self.memory_mb,
             disk_bytes: None,

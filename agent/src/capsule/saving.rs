@@ -12,9 +12,12 @@ use super::failure::Failure;
 use super::lifecycle::{Event, Part};
 use super::machine::KILL_TIMEOUT_MS;
 use super::record::{ProcessRecord, Record};
-use super::{Capsule, CapsuleTimer};
-use crate::context::{Context, TimerKey};
+use super::{Capsule, CapsuleTimer, SnapshotOrder};
+use crate::context::{Context, Host, TimerKey};
+use crate::disk::{Disk, DiskError};
+use crate::layout::Layout;
 use crate::net::Tap;
+use crate::snapshots::{self, Draft, Manifest, Snapshot, SnapshotError};
 use crate::vmm::image::{Written, clean};
 use crate::vmm::qemu::Qemu;
 use crate::vmm::{Image, Machine, MachineSpec, VmmError};
@@ -23,12 +26,16 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
-use wire::message::GuestPrepareSnapshot;
+use wire::message::{GuestPrepareSnapshot, SnapshotInfo};
 
 /// How long a guest daemon may take to write its file system out. One that does not answer is saved as it
 /// is: its memory holds what its disk does not.
 pub const PREPARE_TIMEOUT_MS: u64 = 10_000;
+
+/// Whom the files of snapshots belong to: the agent reads them for those who use them.
+const OWNER_OF_SNAPSHOTS: u32 = 0;
 
 /// Why a capsule could not be saved or restored.
 #[derive(Debug)]
@@ -43,6 +50,12 @@ pub enum SaveFailure {
     Said(VmmError, String),
     /// There is nothing to restore.
     NoImage,
+    /// There is no disk to copy.
+    NoDisk,
+    /// The disk could not be copied.
+    Flatten(DiskError),
+    /// The snapshot could not be made.
+    Snapshot(SnapshotError),
 }
 
 impl fmt::Display for SaveFailure {
@@ -53,6 +66,9 @@ impl fmt::Display for SaveFailure {
             SaveFailure::Vmm(e) => e.fmt(f),
             SaveFailure::Said(e, said) => write!(f, "{e}; it said: {said}"),
             SaveFailure::NoImage => f.write_str("it has no image"),
+            SaveFailure::NoDisk => f.write_str("it has no disk"),
+            SaveFailure::Flatten(e) => e.fmt(f),
+            SaveFailure::Snapshot(e) => e.fmt(f),
         }
     }
 }
@@ -71,6 +87,17 @@ pub struct SaveReport {
 pub struct RestoreReport {
     record: Record,
     result: Result<Machine, SaveFailure>,
+    /// What it shares with others.
+    memory: Option<Arc<File>>,
+}
+
+/// What came of making a snapshot.
+#[derive(Debug)]
+pub struct SnapshotReport {
+    machine: Machine,
+    disk: Option<Box<dyn Disk>>,
+    result: Result<SnapshotInfo, SaveFailure>,
+    stood_ms: u128,
 }
 
 impl Capsule {
@@ -97,9 +124,14 @@ impl Capsule {
     fn save(&mut self, ctx: &mut Context) {
         // What is told of it meanwhile waits in its descriptors until it is back.
         let Some(machine) = self.machine.take() else {
-            self.submit_nothing_to_save(ctx);
+            // It ended while the guest got ready. Told by way of the loop, like any other outcome.
+            self.submit(ctx, || CapsuleReport::NotSaved);
             return;
         };
+        if let Some(order) = self.snapshot_order.take() {
+            self.make_snapshot(ctx, machine, order);
+            return;
+        }
         self.record.generation += 1;
         self.record.kept.envd_version.clone_from(&self.envd_version);
         let (record, directory) = (self.record.clone(), self.directory.clone());
@@ -107,9 +139,30 @@ impl Capsule {
         self.submit(ctx, move || CapsuleReport::Saved(Box::new(save(machine, record, &directory, disk))));
     }
 
-    /// The machine ended while the guest got ready. Told by way of the loop, like any other outcome.
-    fn submit_nothing_to_save(&mut self, ctx: &mut Context) {
-        self.submit(ctx, || CapsuleReport::NotSaved);
+    fn make_snapshot(&mut self, ctx: &mut Context, machine: Machine, order: SnapshotOrder) {
+        let (host, disk) = (ctx.host.clone(), self.disk.take());
+        let vmm = host.qemu.describe();
+        let manifest = snapshots::manifest(self.spec.vcpus, self.spec.memory_mb, self.disk_mb, vmm);
+        self.submit(ctx, move || {
+            let report = make_snapshot(machine, disk, &host.layout, &manifest, &order);
+            CapsuleReport::SnapshotMade(Box::new(report))
+        });
+    }
+
+    pub(super) fn on_snapshot_made(&mut self, ctx: &mut Context, report: SnapshotReport) -> Vec<Event> {
+        let SnapshotReport { machine, disk, result, stood_ms } = report;
+        self.machine = Some(machine);
+        self.disk = disk;
+        let event = match result {
+            Ok(info) => {
+                log::info!("capsule {}: snapshot {}, stood still for {stood_ms} ms", self.spec.id, info.name);
+                self.made_snapshot = Some(info);
+                Event::SnapshotMade
+            }
+            Err(e) => Event::SnapshotFailed(Failure::Save(e.to_string())),
+        };
+        self.pump_machine();
+        self.reap(ctx).into_iter().chain([event]).collect()
     }
 
     pub(super) fn on_saved(&mut self, ctx: &mut Context, report: SaveReport) -> Vec<Event> {
@@ -132,6 +185,7 @@ impl Capsule {
 
     pub(super) fn on_restored(&mut self, ctx: &mut Context, report: RestoreReport) -> Event {
         self.record = report.record;
+        self.shared_memory = report.memory;
         match report.result {
             Ok(machine) => {
                 self.watch_new_machine(ctx, machine);
@@ -142,6 +196,84 @@ impl Capsule {
                 make_failed(Part::Machine, e)
             }
         }
+    }
+}
+
+/// Writes a running machine and its disk down under a name; its guest stands still meanwhile. Blocks.
+fn make_snapshot(
+    mut machine: Machine,
+    disk: Option<Box<dyn Disk>>,
+    layout: &Layout,
+    manifest: &Manifest,
+    order: &SnapshotOrder,
+) -> SnapshotReport {
+    let began = Instant::now();
+    let drafted = Draft::new(layout).map_err(SaveFailure::Snapshot).and_then(|draft| {
+        machine
+            .save(draft.directory(), snapshots::GENERATION, None, OWNER_OF_SNAPSHOTS)
+            .map_err(SaveFailure::Vmm)?;
+        let disk = disk.as_ref().ok_or(SaveFailure::NoDisk)?;
+        disk.flatten(&draft.disk()).map_err(SaveFailure::Flatten)?;
+        Ok(draft)
+    });
+    // The machine may not have been stopped; going on then is nothing.
+    if let Err(e) = machine.go_on() {
+        log::error!("snapshot {}: the guest does not go on: {e}", order.name);
+        if let Err(e) = machine.kill() {
+            log::error!("snapshot {}: killing the VMM: {e}", order.name);
+        }
+    }
+    let stood_ms = began.elapsed().as_millis();
+    let result = drafted.and_then(|draft| {
+        let made = draft.publish(layout, &order.name, manifest, order.overwrite);
+        made.map(|snapshot| snapshot.info(&order.name)).map_err(SaveFailure::Snapshot)
+    });
+    SnapshotReport { machine, disk, result, stood_ms }
+}
+
+/// Starts a machine of a snapshot and lets its guest go on. Blocks.
+pub(super) fn start_from_snapshot(
+    host: &Host,
+    snapshot: &Snapshot,
+    mut spec: MachineSpec,
+    tap: Tap,
+    namespace: OwnedFd,
+    mut record: Record,
+    directory: &Path,
+) -> CapsuleReport {
+    let started = host.shared_memory.open(snapshot).map_err(SaveFailure::Vmm).and_then(|restore| {
+        spec.restore = Some(restore.clone());
+        let mut machine = host.qemu.start(&spec, tap, namespace.as_fd()).map_err(SaveFailure::Vmm)?;
+        record.machine = Some(ProcessRecord { pid: machine.pid(), start_ticks: machine.start_ticks() });
+        let gone_on = record
+            .write(directory)
+            .map_err(SaveFailure::Record)
+            .and_then(|()| machine.wait_until_restored().map_err(SaveFailure::Vmm))
+            .and_then(|()| machine.go_on().map_err(SaveFailure::Vmm));
+        match gone_on {
+            Ok(()) => Ok((machine, restore.memory)),
+            Err(e) => Err(end(machine, e)),
+        }
+    });
+    let (result, memory) = match started {
+        Ok((machine, memory)) => (Ok(machine), Some(memory)),
+        Err(e) => {
+            record.machine = None;
+            (Err(e), None)
+        }
+    };
+    CapsuleReport::Restored(Box::new(RestoreReport { record, result, memory }))
+}
+
+/// Ends a machine that could not go on; why, with what it said itself.
+fn end(mut machine: Machine, why: SaveFailure) -> SaveFailure {
+    if let Err(e) = machine.kill().and_then(|()| machine.wait(KILL_TIMEOUT_MS as i32).map(drop)) {
+        log::error!("killing the VMM {}: {e}", machine.pid());
+    }
+    let said = machine.diagnostics();
+    match why {
+        SaveFailure::Vmm(e) if !said.trim().is_empty() => SaveFailure::Said(e, said.trim().into()),
+        other => other,
     }
 }
 
@@ -214,7 +346,7 @@ pub(super) fn restore(
     directory: &Path,
 ) -> CapsuleReport {
     let result = start_restored(qemu, &mut spec, tap, namespace, &mut record, directory);
-    CapsuleReport::Restored(Box::new(RestoreReport { record, result }))
+    CapsuleReport::Restored(Box::new(RestoreReport { record, result, memory: None }))
 }
 
 fn start_restored(
@@ -246,19 +378,13 @@ fn start_restored(
             Ok(machine)
         }
         Err(e) => {
+            let e = end(machine, e);
             // The guest has not run: the disk is as it was.
-            if let Err(e) = machine.kill().and_then(|()| machine.wait(KILL_TIMEOUT_MS as i32).map(drop)) {
-                log::error!("capsule {}: killing the VMM {}: {e}", record.capsule_id, machine.pid());
-            }
             *record = Record { machine: None, ..still_paused };
             if let Err(e) = record.write(directory) {
                 log::error!("capsule {}: its record may say that it runs: {e}", record.capsule_id);
             }
-            let said = machine.diagnostics();
-            Err(match e {
-                SaveFailure::Vmm(e) if !said.trim().is_empty() => SaveFailure::Said(e, said.trim().into()),
-                other => other,
-            })
+            Err(e)
         }
     }
 }

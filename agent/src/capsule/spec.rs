@@ -2,6 +2,7 @@
 
 use crate::context::Host;
 use crate::layout::{LayoutError, is_capsule_id};
+use crate::snapshots::{Snapshot, SnapshotError};
 use crate::sys::resources;
 use std::fmt;
 use std::path::PathBuf;
@@ -36,6 +37,8 @@ pub struct Spec {
     pub template: String,
     /// The template's image.
     pub image: PathBuf,
+    /// The snapshot that it starts from instead of booting.
+    pub snapshot: Option<Snapshot>,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// Guest memory in MiB.
@@ -66,6 +69,8 @@ pub struct Reserved {
 pub enum SpecError {
     /// The id or the template cannot be used.
     Layout(LayoutError),
+    /// The snapshot cannot be used.
+    Snapshot(SnapshotError),
     /// A number is out of its range.
     OutOfRange {
         /// The field.
@@ -112,6 +117,8 @@ impl SpecError {
         match self {
             SpecError::Layout(LayoutError::NoTemplate { .. }) => Code::NotFound,
             SpecError::Layout(LayoutError::Io { .. }) => Code::Internal,
+            SpecError::Snapshot(SnapshotError::OtherVmm { .. }) => Code::InvalidState,
+            SpecError::Snapshot(_) => Code::Internal,
             SpecError::HostFull { .. } => Code::ResourceExhausted,
             _ => Code::InvalidRequest,
         }
@@ -122,6 +129,7 @@ impl fmt::Display for SpecError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             SpecError::Layout(e) => e.fmt(f),
+            SpecError::Snapshot(e) => e.fmt(f),
             SpecError::OutOfRange { field, value, min, max } => {
                 write!(f, "{field} is {value}, but may be {min} to {max}")
             }
@@ -162,16 +170,32 @@ impl Spec {
         in_range("deadline_ms", request.deadline_ms, &(0..=MAX_DEADLINE_MS))?;
         check_environment(&request.environment)?;
         let capacity = capacity(host);
-        fits("MiB of memory", request.memory_mb, capacity.memory_mb, reserved.memory_mb)?;
-        fits("virtual CPUs", request.vcpus, capacity.vcpus, reserved.vcpus)?;
-        let image = host.layout.template(&request.template)?;
+        // A template before a snapshot of the same name. A snapshot's machine is as it was.
+        let (image, snapshot) = match host.layout.template(&request.template) {
+            Ok(image) => (image, None),
+            Err(e @ LayoutError::NoTemplate { .. }) => {
+                match Snapshot::find(&host.layout, &request.template) {
+                    Ok(snapshot) => (snapshot.disk(), Some(snapshot)),
+                    Err(SnapshotError::NotThere(_)) => return Err(e.into()),
+                    Err(e) => return Err(SpecError::Snapshot(e)),
+                }
+            }
+            Err(e) => return Err(e.into()),
+        };
+        if let Some(snapshot) = &snapshot {
+            snapshot.check_vmm(&host.qemu.describe()).map_err(SpecError::Snapshot)?;
+        }
+        let as_saved = snapshot.as_ref().map(|s| (s.manifest.vcpus, s.manifest.memory_mb));
+        let (vcpus, memory_mb) = as_saved.unwrap_or((request.vcpus, request.memory_mb));
+        fits("MiB of memory", memory_mb, capacity.memory_mb, reserved.memory_mb)?;
+        fits("virtual CPUs", vcpus, capacity.vcpus, reserved.vcpus)?;
         let (_, free_bytes) = resources::disk_space(host.layout.root()).unwrap_or((0, u64::MAX));
         if free_bytes / MIB < MIN_DISK_FREE_MB {
             let (asked, left) = (MIN_DISK_FREE_MB, free_bytes / MIB);
             return Err(SpecError::HostFull { what: "MiB of free disk space at least", asked, left });
         }
         let template_bytes = std::fs::metadata(&image).map_or(0, |m| m.len());
-        let asked_bytes = u64::from(request.disk_size_mb) * MIB;
+        let asked_bytes = if snapshot.is_some() { 0 } else { u64::from(request.disk_size_mb) * MIB };
         if asked_bytes != 0 && asked_bytes < template_bytes {
             return Err(SpecError::DiskTooSmall {
                 asked_mb: u64::from(request.disk_size_mb),
@@ -182,8 +206,9 @@ impl Spec {
             id: request.capsule_id.clone(),
             template: request.template.clone(),
             image,
-            vcpus: request.vcpus,
-            memory_mb: request.memory_mb,
+            snapshot,
+            vcpus,
+            memory_mb,
             disk_bytes: (asked_bytes != 0).then_some(asked_bytes),
             allow_internet: request.allow_internet,
             environment: request.environment.clone(),
@@ -306,6 +331,7 @@ mod tests {
             id: "cl-1".into(),
             template: "minimal".into(),
             image: PathBuf::new(),
+            snapshot: None,
             vcpus: 1,
             memory_mb: 256,
             disk_bytes: None,

@@ -88,14 +88,16 @@ impl Slot {
         Ipv4Addr::from_bits(LINK_ADDRESSES + 2 * self.index() + 1)
     }
 
-    /// The guest's Ethernet address.
+    /// The guest's Ethernet address, the same in every slot: a capsule that is made of a snapshot has the one
+    /// that it was saved with. It is seen on nothing but the capsule's own cable.
     pub fn guest_mac(self) -> MacAddress {
-        self.mac(Role::Guest)
+        MacAddress([0x02, 0xfc, Role::Guest as u8, 0, 0, 1])
     }
 
-    /// The Ethernet address of `tap0`, the guest's gateway.
+    /// The Ethernet address of `tap0`, the guest's gateway; the same in every slot for the same reason: the
+    /// guest remembers it.
     pub fn tap_mac(self) -> MacAddress {
-        self.mac(Role::Tap)
+        MacAddress([0x02, 0xfc, Role::Tap as u8, 0, 0, 1])
     }
 
     /// The Ethernet address of the host's end of its veth pair.
@@ -200,7 +202,11 @@ mod tests {
         assert_eq!(s.host_ip(), Ipv4Addr::new(10, 11, 1, 44));
         assert_eq!(s.host_link(), Ipv4Addr::new(10, 12, 2, 88));
         assert_eq!(s.guest_link(), Ipv4Addr::new(10, 12, 2, 89));
-        assert_eq!(s.guest_mac().to_string(), "02:fc:01:00:01:2c");
+        assert_eq!(
+            (s.guest_mac().to_string(), LAST.guest_mac()),
+            ("02:fc:01:00:00:01".into(), s.guest_mac())
+        );
+        assert_eq!((s.tap_mac().to_string(), LAST.tap_mac()), ("02:fc:02:00:00:01".into(), s.tap_mac()));
         assert_eq!(LAST.host_ip(), Ipv4Addr::new(10, 11, 255, 254));
         assert_eq!(LAST.guest_link(), Ipv4Addr::new(10, 13, 255, 253));
         assert_eq!(LAST.host_link_name().len(), 11);

@@ -16,12 +16,17 @@ pub fn private(name: &CStr, size_bytes: u64, uid: u32, gid: u32) -> io::Result<O
     Ok(file.into())
 }
 
-/// Where the next data (`SEEK_DATA`) or the next hole (`SEEK_HOLE`) of a file is, from an offset on: lseek(2).
-/// ENXIO when there is none. Moves the file's offset.
-pub fn seek(file: &File, from: u64, what: libc::c_int) -> io::Result<u64> {
-    let from = i64::try_from(from).map_err(|_| io::ErrorKind::InvalidInput)?;
-    // SAFETY: lseek takes its arguments by value.
-    super::check(unsafe { libc::lseek(file.as_raw_fd(), from, what) }).map(i64::cast_unsigned)
+/// A memory file with what `source` holds, holes included, that nobody can write to any more, though anybody
+/// who is given it may open it for writing: what maps it privately wants that.
+pub fn sealed_copy(name: &CStr, source: &File) -> io::Result<File> {
+    let file = create(name, libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)?;
+    file.set_len(source.metadata()?.len())?;
+    super::sparse::copy_data(source, &file)?;
+    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
+    let seals = libc::F_SEAL_WRITE | libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_SEAL;
+    // SAFETY: F_ADD_SEALS takes an integer and touches no memory of ours.
+    super::check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) })?;
+    Ok(file)
 }
 
 /// A file that keeps the first `limit_bytes` written to it and refuses the rest: where a child's standard

@@ -14,6 +14,7 @@
 //! - [`poll`]: waiting for one descriptor
 //! - [`reflink`]: copies that share their blocks
 //! - [`kvm`]: just enough of KVM to find out whether it works
+//! - [`rename`]: names that change in one step
 //! - [`resources`]: disk space
 //!
 //! What the control plane needs too is in `wire::reactor::sys`.
@@ -28,6 +29,7 @@ pub mod passing;
 pub mod pidfd;
 pub mod poll;
 pub mod reflink;
+pub mod rename;
 pub mod resources;
 pub mod rtnetlink;
 pub mod sparse;

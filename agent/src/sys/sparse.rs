@@ -3,6 +3,10 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+/// How much is copied at a time.
+const COPY_BYTES: usize = 1 << 20;
 
 /// The next stretch of `file` at or after `from` that is not a hole, as (beginning, end); `None` when there
 /// is only hole up to the end. A file system without holes has one stretch. Moves the file's position.
@@ -12,6 +16,23 @@ pub fn next_data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
         Err(e) if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
         Err(e) => Err(e),
     }
+}
+
+/// Copies what is not a hole to the same place. Returns how many bytes that were. Blocks.
+pub fn copy_data(from: &File, to: &File) -> io::Result<u64> {
+    let mut buffer = vec![0; COPY_BYTES];
+    let (mut at, mut total) = (0, 0);
+    while let Some((begin, end)) = next_data(from, at)? {
+        at = begin;
+        while at < end {
+            let wanted = usize::try_from(end - at).unwrap_or(COPY_BYTES).min(COPY_BYTES);
+            from.read_exact_at(&mut buffer[..wanted], at)?;
+            to.write_all_at(&buffer[..wanted], at)?;
+            at += wanted as u64;
+            total += wanted as u64;
+        }
+    }
+    Ok(total)
 }
 
 fn seek(file: &File, from: u64, whence: libc::c_int) -> io::Result<u64> {
@@ -24,7 +45,6 @@ fn seek(file: &File, from: u64, whence: libc::c_int) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::FileExt;
 
     #[test]
     fn holes_are_stepped_over() {
@@ -37,5 +57,13 @@ mod tests {
         let (begin, end) = next_data(&file, 0).expect("looked").expect("data");
         assert!(begin <= 1 << 20, "{begin}");
         assert!(((1 << 20) + 4096..=4 << 20).contains(&end), "{end}");
+        let copy = File::options().read(true).write(true).create_new(true).open(&path).expect("created");
+        std::fs::remove_file(&path).expect("removed");
+        copy.set_len(4 << 20).expect("sized");
+        let copied = copy_data(&file, &copy).expect("copied");
+        assert!((4096..=2 << 20).contains(&copied), "{copied}");
+        let mut found = [0; 4096];
+        copy.read_exact_at(&mut found, 1 << 20).expect("read");
+        assert_eq!(found, [1; 4096]);
     }
 }

@@ -14,11 +14,12 @@
 
 use super::machine::{Machine, system};
 use super::{Restore, VmmError};
+use crate::sys::sparse;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::ffi::CStr;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{BufReader, BufWriter, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
@@ -256,7 +257,7 @@ impl Mapping {
         // By way of the mapping: the agent that started the machine may have ended.
         let source = PathBuf::from(format!("/proc/{pid}/map_files/{:x}-{:x}", self.start, self.end));
         let from = File::open(&source).map_err(system("opening", &source))?;
-        let mut bytes = copy_data(&from, &to).map_err(system("writing", path))?;
+        let mut bytes = sparse::copy_data(&from, &to).map_err(system("writing", path))?;
         if self.is_private {
             bytes += self.each_changed(pid, |offset, page| {
                 to.write_all_at(page, offset).map_err(system("writing", path))
@@ -332,36 +333,6 @@ fn runs(entries: &[u8]) -> Vec<(u64, u64)> {
         }
     }
     runs
-}
-
-/// Copies what is not a hole. Returns how much.
-fn copy_data(mut from: &File, to: &File) -> io::Result<u64> {
-    let length = from.metadata()?.len();
-    let mut buffer = vec![0; CHUNK];
-    let (mut at, mut total) = (0, 0);
-    while at < length {
-        let Some(data) = seek(from, at, libc::SEEK_DATA)? else { break };
-        let hole = seek(from, data, libc::SEEK_HOLE)?.unwrap_or(length);
-        at = data;
-        from.seek(SeekFrom::Start(at))?;
-        while at < hole {
-            let wanted = usize::try_from(hole - at).unwrap_or(CHUNK).min(CHUNK);
-            from.read_exact(&mut buffer[..wanted])?;
-            to.write_all_at(&buffer[..wanted], at)?;
-            at += wanted as u64;
-            total += wanted as u64;
-        }
-    }
-    Ok(total)
-}
-
-/// The next data or hole from an offset on; `None` when there is no more.
-fn seek(file: &File, from: u64, what: libc::c_int) -> io::Result<Option<u64>> {
-    match crate::sys::memfd::seek(file, from, what) {
-        Ok(at) => Ok(Some(at)),
-        Err(e) if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-        Err(e) => Err(e),
-    }
 }
 
 /// Puts a delta's pages into a memory file, on disk when this returns.
@@ -468,23 +439,6 @@ mod tests {
         }
         clean(&directory, None, None);
         assert_eq!(fs::read_dir(&directory).expect("listed").count(), 0);
-        fs::remove_dir_all(&directory).expect("removed");
-    }
-
-    #[test]
-    fn data_is_copied_and_holes_stay() {
-        let directory = directory("copy");
-        let open = |name| File::options().read(true).write(true).create(true).truncate(true).open(name);
-        let from = open(directory.join("from")).expect("made");
-        let to = open(directory.join("to")).expect("made");
-        from.set_len(8 << 20).expect("sized");
-        to.set_len(8 << 20).expect("sized");
-        from.write_all_at(b"here", 5 << 20).expect("written");
-        let copied = copy_data(&from, &to).expect("copied");
-        assert!((4..1 << 20).contains(&copied), "{copied}");
-        let mut found = [0; 4];
-        to.read_exact_at(&mut found, 5 << 20).expect("read");
-        assert_eq!(&found, b"here");
         fs::remove_dir_all(&directory).expect("removed");
     }
 }
