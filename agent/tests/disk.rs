@@ -160,8 +160,8 @@ fn a_full_filesystem_is_an_error_that_says_so() {
     let base = base_image(&elsewhere.0);
     File::create(mount.0.0.join("filler")).expect("created").write_all(&[1; 60 * 1024]).expect("filled");
     let refused = Backend::Overlay.create(&spec(&base, &mount.0.0, None)).map(drop);
-    let message = refused.expect_err("there is no room").to_string();
-    assert!(message.contains("No space left") && message.contains("make room"), "{message}");
+    let error = refused.expect_err("there is no room");
+    assert!(error.is_storage_full() && error.to_string().contains("make room"), "{error}");
     assert_eq!(mount.0.names(), ["filler"]);
 }
 

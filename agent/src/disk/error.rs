@@ -76,6 +76,17 @@ pub enum DiskError {
 }
 
 impl DiskError {
+    /// Whether there is no room, so that another host may be asked.
+    pub fn is_storage_full(&self) -> bool {
+        match self {
+            DiskError::NoSpace { .. } => true,
+            DiskError::System { source, .. } => {
+                matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+            }
+            _ => false,
+        }
+    }
+
     /// For `map_err`: a system call that failed in this step on this file.
     pub(super) fn system(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskError {
         let path = path.to_owned();

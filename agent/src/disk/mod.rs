@@ -5,6 +5,7 @@
 //! - [`qcow2`]: the overlay's on-disk format
 //! - `file`: disks that are a file in the capsule's directory, reflink or overlay
 //! - [`dm`]: disks by device-mapper
+//! - `room`: what is kept free for the disks that are there
 //! - `flatten`: a new image of what a disk holds
 
 pub mod dm;
@@ -12,6 +13,7 @@ mod error;
 mod file;
 mod flatten;
 pub mod qcow2;
+mod room;
 
 pub use dm::Store;
 pub use error::DiskError;
@@ -102,8 +104,10 @@ impl Backend {
         }
     }
 
-    /// Makes a disk, safe on the storage when this returns. On failure nothing stays.
+    /// Makes a disk, safe on the storage when this returns. On failure nothing stays. Where the storage is
+    /// nearly full, none is made: what is left is for those that are there.
     pub fn create(self, spec: &DiskSpec<'_>) -> Result<Box<dyn Disk>, DiskError> {
+        room::refuse_if_short(spec.directory)?;
         Ok(match self {
             Backend::DeviceMapper => Box::new(dm::create(spec)?),
             Backend::Reflink => Box::new(file::create_reflink(spec)?),

@@ -4,6 +4,7 @@
 
 use super::{Store, control, own_devices, store};
 use crate::disk::DiskError;
+use crate::disk::room::reserve_bytes;
 use crate::sys::resources::disk_space;
 use std::collections::BTreeSet;
 use std::io;
@@ -13,9 +14,6 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
-/// What stays free at least, and what is enough on a large file system.
-const MIN_RESERVE_BYTES: u64 = 64 * MIB;
-const MAX_RESERVE_BYTES: u64 = 1024 * MIB;
 /// The fastest that all guests together are taken to write: the next look comes before they could have
 /// reached the reserve.
 const FASTEST_BYTES_PER_MS: u64 = 2 * MIB;
@@ -23,23 +21,6 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// How often is looked while all disks wait.
 const HOLDING_PAUSE: Duration = Duration::from_millis(200);
-
-/// How much of a file system of this size is kept free: a 64th, within bounds, but never more than an
-/// eighth.
-fn reserve_bytes(size_bytes: u64) -> u64 {
-    (size_bytes / 64).clamp(MIN_RESERVE_BYTES, MAX_RESERVE_BYTES).min(size_bytes / 8)
-}
-
-/// Refuses to make a disk where the room that is left is kept for those that are there.
-pub(super) fn refuse_if_short(directory: &Path) -> Result<(), DiskError> {
-    let (size, free_bytes) =
-        disk_space(directory).map_err(DiskError::system("looking at the space in", directory))?;
-    let reserve_bytes = reserve_bytes(size);
-    if free_bytes < reserve_bytes {
-        return Err(DiskError::NoSpace { path: directory.to_owned(), free_bytes, reserve_bytes });
-    }
-    Ok(())
-}
 
 /// Whether the disks wait, by the space that is left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -168,15 +149,6 @@ mod tests {
     use super::*;
 
     const GIB: u64 = 1024 * MIB;
-
-    #[test]
-    fn the_reserve_fits_the_file_system() {
-        for (size, reserve) in
-            [(256 * MIB, 32 * MIB), (GIB, 64 * MIB), (16 * GIB, 256 * MIB), (1000 * GIB, GIB), (0, 0)]
-        {
-            assert_eq!(reserve_bytes(size), reserve, "{size}");
-        }
-    }
 
     #[test]
     fn disks_wait_below_the_reserve_and_go_on_at_twice_of_it() {

@@ -105,7 +105,6 @@ pub(super) fn create(spec: &DiskSpec<'_>) -> Result<MappedDisk, DiskError> {
         return Err(DiskError::Malformed { path: spec.base.to_owned(), reason });
     }
     let virtual_bytes = file::virtual_bytes(spec, metadata.len())?;
-    guard::refuse_if_short(spec.directory)?;
     let layout = Layout { base_bytes: metadata.len(), virtual_bytes };
     let made = build(spec, &base, &metadata, layout);
     if made.is_err() {
