@@ -1,7 +1,13 @@
 //! The fixed pool of threads for what blocks: database work and expensive computation.
 //!
 //! Each thread owns one database connection, made when it is first needed and made anew when it is
-//! lost. Jobs wait in one bounded queue; each sends exactly one result to the event loop's mailbox.
+//! lost. Jobs wait in one bounded queue; each sends at most one result to the event loop's mailbox.
+//!
+//! A database that takes connections and says nothing (a frozen process, a stalled disk) is beyond the
+//! time limits of the driver, the server and the kernel. So the event loop gives up on a job after
+//! [`WORK_TIMEOUT`] and answers without it; a thread that does not come back is replaced, within a bound,
+//! and ends when it does. Until the database has answered again, and while every thread is held up, new
+//! jobs are refused at once but for one that finds out.
 
 use crate::db::Database;
 use crate::http::handler::{ComputeWork, DatabaseWork, Flow, Response};
@@ -9,6 +15,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -22,6 +29,11 @@ pub const MAX_QUEUED: usize = 4096;
 /// How long a failed connection attempt stands for the next jobs: they fail at once instead of each
 /// waiting for the connect timeout.
 pub const CONNECT_PAUSE: Duration = Duration::from_millis(500);
+/// How long a job may take, its waiting included. More than what a statement may take by itself
+/// ([`STATEMENT_TIMEOUT_MS`](crate::db::STATEMENT_TIMEOUT_MS)), so that the database's own word comes first.
+pub const WORK_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long a thread may be at one job before it no longer counts as one that will take the next.
+const STUCK_AFTER: Duration = Duration::from_secs(11);
 
 /// What a thread does.
 pub enum Work {
@@ -42,6 +54,16 @@ pub struct Done {
 struct Job {
     task: u64,
     work: Work,
+    since: Instant,
+}
+
+/// What the pool knows of a thread.
+#[derive(Default)]
+struct Slot {
+    /// When its present job began, in milliseconds of the pool's time, and one more; 0 without a job.
+    began: AtomicU64,
+    /// Whether another thread has its place; it ends when it comes back.
+    is_replaced: AtomicBool,
 }
 
 #[derive(Default)]
@@ -54,6 +76,11 @@ struct Shared {
     queue: Mutex<Queue>,
     more: Condvar,
     database_url: String,
+    epoch: Instant,
+    /// Threads that were replaced and have not come back.
+    lost: AtomicUsize,
+    /// A thread was lost, and no work with the database has been done since.
+    is_suspect: AtomicBool,
 }
 
 impl Shared {
@@ -62,11 +89,26 @@ impl Shared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Whether a thread has been at its job for so long.
+    fn is_held_up(&self, slot: &Slot, time: Duration) -> bool {
+        let began = slot.began.load(Ordering::Acquire);
+        let limit = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        began > 0 && self.now_ms().saturating_sub(began - 1) >= limit
+    }
+
     /// The next job; `None` once the pool is closed and the queue empty.
     fn next(&self) -> Option<Job> {
         let mut queue = self.queue();
         loop {
             if let Some(job) = queue.jobs.pop_front() {
+                // It was answered without: nobody would see what it does.
+                if job.since.elapsed() >= WORK_TIMEOUT {
+                    continue;
+                }
                 return Some(job);
             }
             if queue.is_closed {
@@ -80,6 +122,8 @@ impl Shared {
 /// The pool.
 pub struct Workers {
     shared: Arc<Shared>,
+    results: Sender<Done>,
+    slots: Vec<Arc<Slot>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -99,17 +143,58 @@ impl Workers {
             queue: Mutex::default(),
             more: Condvar::new(),
             database_url: database_url.to_string(),
+            epoch: Instant::now(),
+            lost: AtomicUsize::new(0),
+            is_suspect: AtomicBool::new(false),
         });
-        let mut threads = Vec::new();
+        let mut workers =
+            Workers { shared, results: results.clone(), slots: Vec::new(), threads: Vec::new() };
         for number in 0..count {
-            let (shared, results) = (Arc::clone(&shared), results.clone());
-            threads.push(
-                thread::Builder::new()
-                    .name(format!("worker-{number}"))
-                    .spawn(move || Worker::default().run(&shared, &results))?,
-            );
+            let (slot, thread) = workers.start_thread(number)?;
+            workers.slots.push(slot);
+            workers.threads.push(thread);
         }
-        Ok(Workers { shared, threads })
+        Ok(workers)
+    }
+
+    fn start_thread(&self, number: usize) -> io::Result<(Arc<Slot>, JoinHandle<()>)> {
+        let slot = Arc::new(Slot::default());
+        let (shared, results, own) = (Arc::clone(&self.shared), self.results.clone(), Arc::clone(&slot));
+        let thread = thread::Builder::new()
+            .name(format!("worker-{number}"))
+            .spawn(move || Worker::default().run(&shared, &own, &results))?;
+        Ok((slot, thread))
+    }
+
+    /// Gives the places of threads that have been at one job for [`WORK_TIMEOUT`] to new ones. No more
+    /// threads are lost at once than there are places: those that come after would only be held up too.
+    pub fn replace_lost(&mut self) {
+        for number in 0..self.slots.len() {
+            let slot = &self.slots[number];
+            if !self.shared.is_held_up(slot, WORK_TIMEOUT)
+                || self.shared.lost.load(Ordering::Acquire) >= self.slots.len()
+            {
+                continue;
+            }
+            match self.start_thread(number) {
+                Ok((fresh, thread)) => {
+                    let seconds = WORK_TIMEOUT.as_secs();
+                    log::warn!("worker-{number} has been at one job for over {seconds} s; it is replaced");
+                    self.shared.lost.fetch_add(1, Ordering::AcqRel);
+                    self.shared.is_suspect.store(true, Ordering::Release);
+                    slot.is_replaced.store(true, Ordering::Release);
+                    self.slots[number] = fresh;
+                    self.threads[number] = thread;
+                }
+                Err(error) => log::error!("worker-{number} cannot be replaced: {error}"),
+            }
+        }
+    }
+
+    /// Jobs that wait, and threads that are at one.
+    pub fn load(&self) -> (usize, usize) {
+        let busy = self.slots.iter().filter(|s| s.began.load(Ordering::Relaxed) > 0).count();
+        (self.shared.queue().jobs.len(), busy)
     }
 
     /// Gives the pool a job for a task. `is_new` is said of a request's first job.
@@ -117,6 +202,14 @@ impl Workers {
     /// # Errors
     /// The 503 that the request is to be answered with, when the queue is full.
     pub fn submit(&self, task: u64, work: Work, is_new: bool) -> Result<(), Response> {
+        let is_held_up = |slot: &Arc<Slot>| self.shared.is_held_up(slot, STUCK_AFTER);
+        if !self.slots.is_empty() && self.slots.iter().all(is_held_up) {
+            return Err(database_unavailable("no thread comes back from it"));
+        }
+        // One at a time finds out whether the database answers again.
+        if is_new && self.shared.is_suspect.load(Ordering::Acquire) && self.load() != (0, 0) {
+            return Err(database_unavailable("it did not answer lately"));
+        }
         let mut queue = self.shared.queue();
         if queue.jobs.len() >= if is_new { MAX_QUEUED_NEW } else { MAX_QUEUED } {
             return Err(Response::error(
@@ -126,7 +219,7 @@ impl Workers {
             )
             .with_header("retry-after", "1"));
         }
-        queue.jobs.push_back(Job { task, work });
+        queue.jobs.push_back(Job { task, work, since: Instant::now() });
         drop(queue);
         self.shared.more.notify_one();
         Ok(())
@@ -148,8 +241,10 @@ struct Worker {
 }
 
 impl Worker {
-    fn run(&mut self, shared: &Shared, results: &Sender<Done>) {
-        while let Some(Job { task, work }) = shared.next() {
+    fn run(&mut self, shared: &Shared, slot: &Slot, results: &Sender<Done>) {
+        while let Some(Job { task, work, .. }) = shared.next() {
+            slot.began.store(shared.now_ms() + 1, Ordering::Release);
+            let is_database = matches!(work, Work::Database(_));
             let flow = match catch_unwind(AssertUnwindSafe(|| self.perform(work, &shared.database_url))) {
                 Ok(flow) => flow,
                 Err(_) => {
@@ -160,6 +255,15 @@ impl Worker {
                 }
             };
             results.send(Done { task, flow });
+            slot.began.store(0, Ordering::Release);
+            if is_database {
+                shared.is_suspect.store(false, Ordering::Release);
+            }
+            if slot.is_replaced.load(Ordering::Acquire) {
+                log::info!("a replaced worker has come back from its job and ends");
+                shared.lost.fetch_sub(1, Ordering::AcqRel);
+                return;
+            }
         }
     }
 
@@ -203,7 +307,7 @@ impl Worker {
 }
 
 /// The reason is logged, not told: it may name hosts and users.
-fn database_unavailable(_reason: &str) -> Response {
+pub fn database_unavailable(_reason: &str) -> Response {
     Response::error(503, "database_unavailable", "the database cannot be reached; try again in a moment")
         .with_header("retry-after", "1")
 }

@@ -9,6 +9,7 @@ use super::principal::Principal;
 use crate::audit::{self, Event};
 use crate::auth::id::Kind;
 use crate::db::capsules::{self, NewCapsule};
+use crate::db::snapshots::{self, Snapshot};
 use crate::db::{Database, Sql, Stop, hosts, networks};
 use crate::hosts::scheduler::{self, Candidate, Refusal, Wanted};
 use crate::http::context::Context;
@@ -26,6 +27,11 @@ pub const CREATE_TIMEOUT_MS: u64 = 27_000;
 const ANSWER_MS: u64 = 1_500;
 /// Below this much time another host is not tried, in milliseconds.
 const MIN_ATTEMPT_MS: u64 = 5_000;
+/// How long a host whose agent cannot be reached, while there is no other, is asked again, in milliseconds
+/// from the request: an agent that is being restarted is back in a moment.
+const AGENT_PATIENCE_MS: u64 = 8_000;
+/// The pause before it is asked again, in milliseconds.
+const AGENT_PAUSE_MS: u64 = 400;
 /// How many hosts are asked at most.
 const MAX_ATTEMPTS: usize = 3;
 /// The most labels.
@@ -45,6 +51,8 @@ struct Order {
     disk_size_mb: i32,
     network: Network,
     labels: Value,
+    /// The team's snapshot that the template is.
+    snapshot: Option<Snapshot>,
 }
 
 /// Whether a text may name a template.
@@ -87,7 +95,17 @@ impl Order {
                 None => Network::default(),
             },
             labels: Value::Object(labels),
+            snapshot: None,
         })
+    }
+
+    /// Looks whether the template is a snapshot of the team's. Its machine is as it was.
+    fn find_snapshot(&mut self, db: &mut Database, principal: &Principal) -> Result<(), Response> {
+        self.snapshot = db.read(|sql| Ok(snapshots::find(sql, &principal.team_id, &self.template)?))?;
+        if let Some(snapshot) = &self.snapshot {
+            (self.vcpus, self.memory_mb, self.disk_size_mb) = (snapshot.vcpus, snapshot.memory_mb, 0);
+        }
+        Ok(())
     }
 
     fn wanted(&self) -> Wanted {
@@ -111,7 +129,8 @@ pub fn create(request: Request, context: &Arc<Context>) -> Flow {
     let began = Instant::now();
     Step::database(move |db| {
         let principal = db.read(|sql| Principal::of(sql, &context, &request))?;
-        let order = Order::of(&request)?;
+        let mut order = Order::of(&request)?;
+        order.find_snapshot(db, &principal)?;
         let mut making =
             Making { id: Kind::Capsule.new_id(), principal, order, began, tried: Vec::new(), place: None };
         let place = db.transaction(|sql| making.insert(sql))?;
@@ -156,6 +175,9 @@ impl Making {
         let wanted = self.order.wanted();
         let mut candidates = hosts::candidates(sql, &self.principal.team_id)?;
         candidates.retain(|c| !self.tried.contains(&c.id));
+        if let Some(snapshot) = &self.order.snapshot {
+            candidates.retain(|c| c.id == snapshot.host_id);
+        }
         let ranking = scheduler::rank(&candidates, &wanted).map_err(|r| refusal(&r))?;
         for index in ranking {
             let locked = hosts::candidate_for_update(sql, &candidates[index].id)?;
@@ -200,7 +222,10 @@ impl Making {
         let left_ms = self.left_ms().max(MIN_ATTEMPT_MS);
         let message = CapsuleCreate {
             capsule_id: self.id.clone(),
-            template: self.order.template.clone(),
+            template: match &self.order.snapshot {
+                Some(snapshot) => snapshot.host_name.clone(),
+                None => self.order.template.clone(),
+            },
             vcpus: self.order.vcpus.unsigned_abs(),
             memory_mb: self.order.memory_mb.unsigned_abs(),
             disk_size_mb: self.order.disk_size_mb.unsigned_abs(),
@@ -254,13 +279,28 @@ impl Making {
                 // An unknown template: hosts need not all have the same.
                 Some(Code::NotFound | Code::ResourceExhausted | Code::Unavailable | Code::ShuttingDown)
             );
-        self.tried.push(place.host_id.clone());
+        if !self.tried.contains(&place.host_id) {
+            self.tried.push(place.host_id.clone());
+        }
         let may_retry = is_declined && self.tried.len() < MAX_ATTEMPTS && self.left_ms() >= MIN_ATTEMPT_MS;
         log::warn!("capsule {} on {}: {error}", self.id, place.host_id);
         Step::database(move |db| {
             if may_retry && let Some(next) = self.try_elsewhere(db)? {
                 self.place = Some(next);
                 return self.ask();
+            }
+            let is_away = matches!(error, HostError::Unreachable { .. });
+            if is_away && CREATE_TIMEOUT_MS - self.left_ms() < AGENT_PATIENCE_MS {
+                return Ok(Step::Pause(
+                    AGENT_PAUSE_MS,
+                    Box::new(move |result| match result {
+                        Ok(()) => {
+                            self.place = Some(place);
+                            self.ask()
+                        }
+                        Err(gone) => self.fail(place, gone),
+                    }),
+                ));
             }
             let answer = self.answer(&error);
             let reason = answer.error_message().unwrap_or_default();

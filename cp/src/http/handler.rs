@@ -184,6 +184,8 @@ pub type DatabaseWork = Box<dyn FnOnce(&mut Database) -> Flow + Send>;
 pub type ComputeWork = Box<dyn FnOnce() -> Flow + Send>;
 /// What follows a call to a host, on the event loop.
 pub type HostContinuation = Box<dyn FnOnce(Result<Reply, HostError>) -> Flow + Send>;
+/// What follows a pause, on the event loop; [`HostError::Cancelled`] when the client has gone away in it.
+pub type PauseContinuation = Box<dyn FnOnce(Result<(), HostError>) -> Flow + Send>;
 /// What follows a WebSocket message, on the event loop.
 pub type MessageContinuation = Box<dyn FnOnce(String) -> Flow + Send>;
 
@@ -201,6 +203,8 @@ pub enum Step {
     Compute(ComputeWork),
     /// A call to a host's agent.
     Host(HostCall),
+    /// So many milliseconds without anything.
+    Pause(u64, PauseContinuation),
     /// Accepts the WebSocket upgrade, waits for the client's (next) text message and goes on with it.
     /// From then on a `Respond` with an error status is told as an error message and a close.
     ReadMessage(MessageContinuation),

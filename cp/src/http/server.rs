@@ -43,6 +43,10 @@ pub(super) enum TimerKey {
     Message(TaskId),
     /// An exchange with a service has stood still for long.
     Proxy(TaskId),
+    /// A worker has not come back with a task's work.
+    Worker(TaskId),
+    /// A task's pause is over.
+    Pause(TaskId),
     /// A recurring job is due.
     Job(usize),
     /// The kernel may have descriptors again.
@@ -210,6 +214,7 @@ impl Server {
                 self.drain();
             }
             while let Some(done) = self.results.try_receive() {
+                self.timers.clear(TimerKey::Worker(done.task));
                 self.run_task(done.task, done.flow);
             }
             while let Some(key) = self.timers.pop_due(self.now_ms) {
@@ -382,6 +387,8 @@ impl Server {
             }
             TimerKey::Message(task) => self.on_message_timeout(task),
             TimerKey::Proxy(task) => self.on_proxy_silence(task),
+            TimerKey::Worker(task) => self.on_work_timeout(task),
+            TimerKey::Pause(task) => self.end_pause(task, Ok(())),
             TimerKey::Job(index) => self.start_job(index),
             TimerKey::Accept => self.accept(),
             TimerKey::Shutdown => {

@@ -7,7 +7,7 @@ use super::server::{Server, TimerKey};
 use super::task::{Task, TaskId, Wait};
 use crate::hosts::error::HostError;
 use crate::hosts::sessions::{self, HostEvent};
-use crate::worker::Work;
+use crate::worker::{WORK_TIMEOUT, Work, database_unavailable};
 use wire::websocket::Message;
 
 impl Server {
@@ -70,6 +70,10 @@ impl Server {
                     continue;
                 }
                 Ok(Step::Host(call)) => return self.call_host(id, call),
+                Ok(Step::Pause(ms, then)) => {
+                    task.wait = Wait::Pause(then);
+                    return self.timers.set(TimerKey::Pause(id), self.now_ms.saturating_add(ms));
+                }
                 Ok(Step::ReadMessage(then)) => match self.await_message(id, then) {
                     Ok(()) => return,
                     Err(response) => return self.finish(id, &response),
@@ -95,10 +99,31 @@ impl Server {
             match self.workers.submit(id, work, is_new) {
                 Ok(()) => {
                     task.wait = Wait::Worker;
+                    let limit_ms = u64::try_from(WORK_TIMEOUT.as_millis()).unwrap_or(u64::MAX);
+                    self.timers.set(TimerKey::Worker(id), self.now_ms.saturating_add(limit_ms));
                     return;
                 }
                 Err(response) => flow = Err(response),
             }
+        }
+    }
+
+    /// No worker has come back with a task's work: it ends without. Should the work be done after all,
+    /// nothing follows from it.
+    pub(super) fn on_work_timeout(&mut self, id: TaskId) {
+        if matches!(self.tasks.get(&id).map(|t| &t.wait), Some(Wait::Worker)) {
+            self.workers.replace_lost();
+            self.run_task(id, Err(database_unavailable("it does not answer")));
+        }
+    }
+
+    /// A task's pause is over.
+    pub(super) fn end_pause(&mut self, id: TaskId, result: Result<(), HostError>) {
+        let Some(task) = self.tasks.get_mut(&id) else { return };
+        if let Wait::Pause(then) = std::mem::replace(&mut task.wait, Wait::Nothing) {
+            self.timers.clear(TimerKey::Pause(id));
+            let flow = then(result);
+            self.run_task(id, flow);
         }
     }
 
@@ -268,6 +293,13 @@ impl Server {
             Wait::Upload(_) => {
                 let gone = Response::from(HostError::Cancelled);
                 self.end_upload(id, Err(gone));
+            }
+            Wait::Pause(_) => {
+                if !may_read {
+                    task.client = None;
+                    client.task = None;
+                }
+                self.end_pause(id, Err(HostError::Cancelled));
             }
             Wait::Message(_) => {
                 self.timers.clear(TimerKey::Message(id));

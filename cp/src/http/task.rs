@@ -1,7 +1,7 @@
 //! A request's chain of steps: what it waits for, and the things that go on for long: relays,
 //! uploads and exchanges with services.
 
-use super::handler::{HostContinuation, MessageContinuation};
+use super::handler::{HostContinuation, MessageContinuation, PauseContinuation};
 use super::multipart::Multipart;
 use crate::hosts::relay::{Translator, UploadContinuation};
 use crate::hosts::sessions::CallId;
@@ -44,6 +44,8 @@ pub enum Wait {
     Nothing,
     /// A worker.
     Worker,
+    /// Some time.
+    Pause(PauseContinuation),
     /// A host's reply.
     Host {
         /// The call.

@@ -144,7 +144,6 @@ fn another_teams_capsule_is_not_there() {
 #[test]
 fn failed_creates_leave_nothing() {
     let remote = |code| HostError::Remote(Error::new(code, "it went wrong"));
-    let unreachable = HostError::Unreachable { address: "x".into(), reason: "refused".into() };
     for (failure, status, code) in [
         (remote(Code::Internal), 502, "agent_error"),
         (remote(Code::DeadlineExceeded), 502, "agent_error"),
@@ -152,7 +151,6 @@ fn failed_creates_leave_nothing() {
         (remote(Code::ResourceExhausted), 503, "host_unavailable"),
         (remote(Code::NotFound), 404, "not_found"),
         (remote(Code::InvalidRequest), 400, "invalid_request"),
-        (unreachable, 503, "host_unavailable"),
         (HostError::Busy, 503, "host_unavailable"),
     ] {
         let mut team = team();
@@ -202,10 +200,12 @@ fn a_create_that_is_cut_short_by_a_destruction_is_a_conflict() {
 #[test]
 fn where_a_host_is_stays_with_its_operator() {
     let mut team = team();
-    let gone = HostError::Unreachable { address: "10.0.0.1:50051".into(), reason: "refused".into() };
-    team.stage.hosts[0].failures.push_back(gone);
+    team.stage.hosts.clear();
+    let began = std::time::Instant::now();
     let answer = error(&team.post("/v1/capsules", "{}"));
-    assert_eq!(answer.0, 503);
+    assert_eq!((answer.0, answer.1.as_str()), (503, "host_unavailable"));
+    assert!(began.elapsed().as_secs() < 12, "{:?}", began.elapsed());
+    assert_eq!(team.states(), ["error"]);
     assert!(answer.2.contains("refused") && !answer.2.contains("10.0.0.1"), "{}", answer.2);
 }
 
@@ -351,4 +351,14 @@ fn what_happened_is_written_down() {
             "capsule.create failure api_key",
         ]
     );
+}
+
+#[test]
+fn an_agent_that_is_being_restarted_is_waited_for_when_there_is_no_other() {
+    let mut team = team();
+    team.stage.away = team.stage.hosts.pop();
+    let answer = team.post("/v1/capsules", "{}");
+    assert_eq!(answer.status, 201, "{:?}", answer.error_message());
+    assert_eq!(team.stage.hosts.len(), 1, "it was asked again");
+    assert_eq!(team.states(), ["running"]);
 }

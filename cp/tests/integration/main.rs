@@ -7,6 +7,7 @@ mod agent;
 mod capsules;
 mod database;
 mod fake_host;
+mod frozen;
 mod hosts;
 mod lifecycle;
 mod migrations;

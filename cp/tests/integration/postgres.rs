@@ -66,8 +66,8 @@ fn command(program: &Path) -> Command {
     }
 }
 
-fn start() -> Server {
-    let directory = PathBuf::from(format!("/tmp/wrenn-cp-test-{}", std::process::id()));
+fn start(name: &str) -> Server {
+    let directory = PathBuf::from(format!("/tmp/wrenn-cp-test-{}{name}", std::process::id()));
     fs::DirBuilder::new().mode(0o700).create(&directory).expect("make the directory");
     if let Some((uid, gid)) = account() {
         chown(&directory, Some(uid), Some(gid)).expect("chown");
@@ -106,7 +106,7 @@ fn url(directory: &Path, name: &str) -> String {
 
 fn server() -> &'static Server {
     static SERVER: OnceLock<Server> = OnceLock::new();
-    SERVER.get_or_init(start)
+    SERVER.get_or_init(|| start(""))
 }
 
 fn create(template: &str) -> String {
@@ -143,4 +143,13 @@ pub fn new_filled_database(fill: impl FnOnce(&str)) -> String {
 /// A plain client, for what tests do behind the program's back.
 pub fn client(url: &str) -> postgres::Client {
     postgres::Client::connect(url, postgres::NoTls).expect("connect")
+}
+
+/// A server of its own for a test that does something to it: its URL and its first process.
+pub fn own_server() -> (String, i32) {
+    static OWN: OnceLock<Server> = OnceLock::new();
+    let directory = &OWN.get_or_init(|| start("-own")).directory;
+    let pid = fs::read_to_string(directory.join("data/postmaster.pid")).expect("a running server");
+    let pid = pid.lines().next().and_then(|line| line.parse().ok()).expect("a process id");
+    (url(directory, "postgres"), pid)
 }

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 use wrenn_cp::api;
 use wrenn_cp::auth::id::{Kind, new_slug};
 use wrenn_cp::auth::jwt::{self, UserClaims};
@@ -24,6 +25,8 @@ pub struct Stage {
     pub db: Database,
     pub context: Arc<Context>,
     pub hosts: Vec<FakeHost>,
+    /// A host that comes back in the first pause.
+    pub away: Option<FakeHost>,
     routes: Vec<Route>,
     /// Every stage is another client: failed logins are counted by address.
     peer: IpAddr,
@@ -61,7 +64,15 @@ impl Stage {
             version: "test",
         };
         let peer = IpAddr::V4(Ipv4Addr::from(NEXT.fetch_add(1, Ordering::Relaxed)));
-        Stage { url, db, context: Arc::new(context), hosts: Vec::new(), routes: api::routes(), peer }
+        Stage {
+            url,
+            db,
+            context: Arc::new(context),
+            hosts: Vec::new(),
+            away: None,
+            routes: api::routes(),
+            peer,
+        }
     }
 
     /// Another program on the same database.
@@ -71,6 +82,7 @@ impl Stage {
             db: Database::connect(url).expect("connect"),
             context: Arc::clone(context),
             hosts: Vec::new(),
+            away: None,
             routes: api::routes(),
             peer: IpAddr::V4(Ipv4Addr::LOCALHOST),
         }
@@ -127,6 +139,12 @@ impl Stage {
                         }),
                     };
                     (call.then)(result)
+                }
+                Ok(Step::Pause(ms, then)) => {
+                    std::thread::sleep(Duration::from_millis(ms));
+                    let away = self.away.take();
+                    self.hosts.extend(away);
+                    then(Ok(()))
                 }
                 Ok(_) => panic!("a step that this driver does not know"),
             };
