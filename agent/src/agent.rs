@@ -70,7 +70,7 @@ pub struct Agent {
     pub ids: BTreeMap<String, CapsuleKey>,
     next_capsule: CapsuleKey,
     pub(crate) dirty: BTreeSet<Dirty>,
-    /// Streams that have to be tried again, see [`crate::pipe::Flow::Stalled`].
+    /// Streams that have to be tried again, see [`wire::splice::Flow::Stalled`].
     pub stalled: BTreeSet<(PeerId, StreamId)>,
     pub(crate) listener_ready: bool,
     pub(crate) stopping: bool,

@@ -6,10 +6,10 @@
 use crate::agent::{Agent, Dirty};
 use crate::capsule::CapsuleKey;
 use crate::context::PeerId;
-use crate::pipe::{Flow, Pipe};
 use crate::service::StreamUse;
 use wire::message::{self as message, Code};
-use wire::session::{OpenError, SendError, StreamId};
+use wire::session::{OpenError, StreamId};
+use wire::splice::{Flow, Pipe};
 
 /// A stream of a control plane and the one in the capsule that it is joined to.
 pub struct Forward {
@@ -174,8 +174,10 @@ impl Agent {
         let Some(guest) = self.capsules.get_mut(&key).and_then(|c| c.session()) else { return };
         let (outer, inside) = (&mut peer.link.session, &mut guest.link.session);
         let before = (outer.output().len(), inside.output().len());
-        let inward = turn(&mut forward.to_guest, (outer, stream), (inside, inner));
-        let outward = turn(&mut forward.to_peer, (inside, inner), (outer, stream));
+        let (inward, spent) = forward.to_guest.pump(&mut (&mut *inside, inner));
+        outer.release(stream, spent);
+        let (outward, spent) = forward.to_peer.pump(&mut (&mut *outer, stream));
+        inside.release(inner, spent);
         // Only where something moved: a stalled stream that is tried again must not keep the loop awake.
         let (outer_moved, inside_moved) =
             (outer.output().len() != before.0, inside.output().len() != before.1);
@@ -186,18 +188,22 @@ impl Agent {
             self.mark(Dirty::Guest(key));
         }
         match (inward, outward) {
-            (Ok(Flow::Ended), Ok(Flow::Ended)) => self.end_forward(id, stream),
-            (Ok(a), Ok(b)) => {
-                if a == Flow::Stalled || b == Flow::Stalled {
-                    self.stalled.insert((id, stream));
-                }
-            }
-            (Err(e), _) | (_, Err(e)) => {
+            (Flow::Ended, Flow::Ended) => self.end_forward(id, stream),
+            (Flow::Broken, _) | (_, Flow::Broken) => {
                 // One side is gone and its reset is on the way to us, or has just been dealt with.
                 if let Some((peer, outer)) = self.end_forward_of(key, inner) {
-                    self.reset_peer_stream(peer, outer, Code::Cancelled, &e.to_string());
+                    self.reset_peer_stream(
+                        peer,
+                        outer,
+                        Code::Cancelled,
+                        "the other end of the stream is gone",
+                    );
                 }
             }
+            (Flow::Stalled, _) | (_, Flow::Stalled) => {
+                self.stalled.insert((id, stream));
+            }
+            _ => {}
         }
     }
 
@@ -222,9 +228,24 @@ impl Agent {
     /// Ends a control plane's stream at once.
     pub(crate) fn reset_peer_stream(&mut self, id: PeerId, stream: StreamId, code: Code, reason: &str) {
         let Some(peer) = self.peers.get_mut(&id) else { return };
-        peer.streams.remove(&stream);
+        let stream_use = peer.streams.remove(&stream);
         peer.link.session.reset(stream, code, reason);
+        if let Some(StreamUse::Forward(forward)) = stream_use {
+            self.give_back(id, &forward);
+        }
         self.mark(Dirty::Peer(id));
+    }
+
+    /// Gives back the credit of what a forwarded stream held when it was given up. The streams' own ended
+    /// with them; the sessions' would be lost, and a session without credit stands still.
+    pub(crate) fn give_back(&mut self, id: PeerId, forward: &Forward) {
+        if let Some(peer) = self.peers.get_mut(&id) {
+            peer.link.session.release(0, forward.to_guest.owed());
+        }
+        if let Some(guest) = self.capsules.get_mut(&forward.capsule).and_then(|c| c.session()) {
+            guest.link.session.release(0, forward.to_peer.owed());
+            self.mark(Dirty::Guest(forward.capsule));
+        }
     }
 
     /// Ends all forwarded streams of a capsule whose guest session is gone.
@@ -234,13 +255,4 @@ impl Agent {
             self.reset_peer_stream(id, stream, code, reason);
         }
     }
-}
-
-/// One turn of a direction; one that has ended has nothing more to do, and its streams may be gone.
-fn turn(
-    pipe: &mut Pipe,
-    from: (&mut wire::session::Session, StreamId),
-    to: (&mut wire::session::Session, StreamId),
-) -> Result<Flow, SendError> {
-    if pipe.has_ended() { Ok(Flow::Ended) } else { pipe.pump(from, to) }
 }

@@ -3,7 +3,7 @@
 //! - [`cli`], [`config`], [`layout`]: what the operator says and what is on disk
 //! - [`startup`]: from there to a running agent
 //! - [`agent`]: the event loop; [`context`]: what all its parts share
-//! - [`sessions`], [`service`], [`forward`], [`pipe`]: what it does for a control plane, over wire sessions
+//! - [`sessions`], [`service`], [`forward`]: what it does for a control plane, over wire sessions
 //! - [`registration`], [`cp_client`]: how the control plane knows of this host
 //! - [`capsule`]: one microVM with everything that belongs to it
 //! - [`worker`]: what blocks
@@ -25,7 +25,6 @@ pub mod forward;
 pub mod layout;
 pub mod metrics;
 pub mod net;
-pub mod pipe;
 pub mod registration;
 pub mod service;
 pub mod sessions;

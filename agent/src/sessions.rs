@@ -195,6 +195,7 @@ impl Agent {
                     guest.link.session.reset(forward.inner, Code::Cancelled, "the caller is gone");
                     self.mark(Dirty::Guest(forward.capsule));
                 }
+                self.give_back(id, &forward);
             }
             StreamUse::AwaitInner(_) | StreamUse::Listing(_) | StreamUse::Answered => {}
         }

@@ -33,6 +33,10 @@ pub const TESTS: &[Test] = &[
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// More than a stream's and a connection's window.
 const FILE_BYTES: usize = 3_000_000;
+/// Streams that are cancelled while they are full: more than fill a connection's window.
+const CANCELLED_FLOODS: usize = 20;
+/// How long each fills.
+const FLOOD_TIME: Duration = Duration::from_millis(100);
 /// Failures after which a client has to wait, and some more.
 const GUESSES: u64 = wire::limiter::BURST + 2;
 
@@ -159,6 +163,18 @@ fn use_capsule(client: &mut Client, capsule: &str) -> Result<()> {
     wait_until("cancelled processes to end", TIMEOUT, || {
         processes(client, capsule).is_ok_and(|now| !now.contains(&pid) && now.len() < before.len())
     })?;
+
+    // Given up while they hold as much as they may, again and again: they take nothing with them.
+    for _ in 0..CANCELLED_FLOODS {
+        let flood = client.open_in(capsule, &shell("cat /dev/zero"), true).map_err(failed("flood"))?;
+        client.next_message::<ProcessStarted>(flood).map_err(failed("flood"))?;
+        client.idle(FLOOD_TIME).map_err(failed("flood"))?;
+        client.cancel(flood, "enough").map_err(failed("cancel"))?;
+    }
+    let stream =
+        client.open_in(capsule, &shell("head -c 1000000 /dev/zero"), true).map_err(failed("start"))?;
+    let (out, _, _) = collect(client, stream, CHANNEL_STDOUT)?;
+    ensure!(out.len() == 1_000_000, "{} bytes after the cancelled floods", out.len());
 
     // What only a host agent may say to a guest is not passed on.
     let forged = GuestInit::default();
