@@ -3,15 +3,15 @@
 //! A client of the wire protocol gets what the same request over HTTP gets: the same checks, the same
 //! audit entries, the same errors.
 
-use crate::api::{capsule_create, capsules};
+use crate::api::{capsule_create, capsules, lifecycle};
 use crate::http::handler::{Handler, Method, Request, Response};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use std::net::IpAddr;
 use wire::codec::DecodeError;
 use wire::message::{
-    CapsuleCreate, CapsuleDestroy, CapsuleGet, CapsuleInfo, CapsuleList, CapsuleState, Code, Done, Error,
-    Forward, Health, Message,
+    CapsuleCreate, CapsuleDestroy, CapsuleGet, CapsuleInfo, CapsuleList, CapsulePause, CapsulePing,
+    CapsuleResume, CapsuleState, Code, Done, Error, Forward, Health, Message,
 };
 
 /// What the messages of a stream into a capsule may be: everything of processes and files, health, metrics
@@ -94,6 +94,18 @@ pub fn read(kind: u16, body: &[u8], key_id: &str, peer: IpAddr) -> Result<Asked,
         CapsuleDestroy::KIND => {
             let id = CapsuleDestroy::decode(body).map_err(malformed)?.capsule_id;
             api(capsules::delete, request(Method::Delete, Some(id), Value::Null), Shape::Done)
+        }
+        CapsulePause::KIND => {
+            let id = CapsulePause::decode(body).map_err(malformed)?.capsule_id;
+            api(lifecycle::pause, request(Method::Post, Some(id), Value::Null), Shape::Capsule)
+        }
+        CapsuleResume::KIND => {
+            let id = CapsuleResume::decode(body).map_err(malformed)?.capsule_id;
+            api(lifecycle::resume, request(Method::Post, Some(id), Value::Null), Shape::Capsule)
+        }
+        CapsulePing::KIND => {
+            let id = CapsulePing::decode(body).map_err(malformed)?.capsule_id;
+            api(lifecycle::ping, request(Method::Post, Some(id), Value::Null), Shape::Done)
         }
         CapsuleList::KIND => {
             CapsuleList::decode(body).map_err(malformed)?;
