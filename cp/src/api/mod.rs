@@ -22,6 +22,7 @@ pub mod me;
 pub mod network;
 pub mod principal;
 pub mod processes;
+pub mod snapshots;
 pub mod streams;
 pub mod teams;
 pub mod templates;
@@ -85,7 +86,10 @@ pub fn routes() -> Vec<Route> {
         Route::new(Post, "/v1/capsules/{id}/files/list", files::list),
         Route::new(Post, "/v1/capsules/{id}/files/mkdir", files::make_directory),
         Route::new(Post, "/v1/capsules/{id}/files/remove", files::remove),
+        Route::new(Post, "/v1/capsules/{id}/clone", snapshots::clone),
         Route::new(Get, "/v1/snapshots", templates::list),
+        Route::new(Post, "/v1/snapshots", snapshots::create),
+        Route::new(Delete, "/v1/snapshots/{name}", snapshots::delete),
     ];
     routes.extend(streams::routes());
     routes

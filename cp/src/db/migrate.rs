@@ -40,6 +40,7 @@ migrations! {
     3 "capsules" "0003_capsules.sql",
     4 "audit" "0004_audit.sql",
     5 "network" "0005_network.sql",
+    6 "snapshots" "0006_snapshots.sql",
 }
 
 /// Why the database was not migrated.

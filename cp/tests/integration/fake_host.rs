@@ -1,12 +1,12 @@
 //! A host as control planes see it: it decodes the real messages, checks that they make sense, and
 //! answers with real ones.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use wire::message::{
     CHANNEL_STDERR, CHANNEL_STDOUT, CapsuleCreate, CapsuleDestroy, CapsuleInfo, CapsuleList, CapsuleMetrics,
-    CapsuleMetricsReply, CapsuleNetwork, CapsulePause, CapsulePing, CapsuleResume, CapsuleState, Code, Done,
-    Error, Forward, HostStatus, HostStatusReply, Message, ProcessExited, ProcessList, ProcessListReply,
-    ProcessSignal, ProcessStart, ProcessStarted,
+    CapsuleMetricsReply, CapsuleNetwork, CapsulePause, CapsulePing, CapsuleResume, CapsuleSnapshot,
+    CapsuleState, Code, Done, Error, Forward, HostStatus, HostStatusReply, Message, ProcessExited,
+    ProcessList, ProcessListReply, ProcessSignal, ProcessStart, ProcessStarted, SnapshotDelete, SnapshotInfo,
 };
 use wrenn_cp::http::handler::{HostCall, HostError, Reply};
 
@@ -17,6 +17,8 @@ pub struct FakeHost {
     pub capsules: BTreeMap<String, CapsuleInfo>,
     /// The network policies that it was told, in order.
     pub networks: Vec<CapsuleNetwork>,
+    /// The names of its snapshots.
+    pub snapshots: BTreeSet<String>,
     /// What the next calls fail with, before they are carried out.
     pub failures: VecDeque<HostError>,
     /// What the next create fails with, after it was carried out.
@@ -65,6 +67,7 @@ impl FakeHost {
             address: address.to_string(),
             capsules: BTreeMap::new(),
             networks: Vec::new(),
+            snapshots: BTreeSet::new(),
             failures: VecDeque::new(),
             lost_answers: VecDeque::new(),
             stdout: Vec::new(),
@@ -125,6 +128,24 @@ impl FakeHost {
                 assert!(u64::from(wanted.deadline_ms) < call.timeout_ms, "the host gives up first");
                 self.change(&wanted.capsule_id, CapsuleState::Running)
             }
+            CapsuleSnapshot::KIND => {
+                let wanted: CapsuleSnapshot = decode(first);
+                assert!(call.is_detached, "a client's leaving must not stop it");
+                let info = self.capsules.get(&wanted.capsule_id).ok_or_else(|| not_found("such capsule"))?;
+                assert!(self.snapshots.insert(wanted.name.clone()), "a name of its own each");
+                just(&SnapshotInfo {
+                    name: wanted.name,
+                    vcpus: info.vcpus,
+                    memory_mb: info.memory_mb,
+                    disk_size_mb: 2048,
+                    size_bytes: 1 << 20,
+                    created_us: 1,
+                })
+            }
+            SnapshotDelete::KIND => {
+                let name = decode::<SnapshotDelete>(first).name;
+                if self.snapshots.remove(&name) { just(&Done {}) } else { Err(not_found("such snapshot")) }
+            }
             CapsulePing::KIND => {
                 assert!(self.capsules.contains_key(&decode::<CapsulePing>(first).capsule_id));
                 just(&Done {})
@@ -149,7 +170,7 @@ impl FakeHost {
         assert!(u64::from(wanted.deadline_ms) < call.timeout_ms, "the host gives up first");
         assert!(call.last_kinds.contains(&CapsuleInfo::KIND));
         assert!(!self.capsules.contains_key(&wanted.capsule_id), "every capsule has its own id");
-        if wanted.template != "minimal" {
+        if wanted.template != "minimal" && !self.snapshots.contains(&wanted.template) {
             return Err(not_found("such template"));
         }
         let info = CapsuleInfo {

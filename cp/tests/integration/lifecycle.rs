@@ -135,3 +135,60 @@ fn a_paused_capsule_is_destroyed() {
     assert_eq!(one.stage.request(Delete, &path, ("x-api-key", &one.key), "").status, 204);
     assert!(one.stage.hosts[0].capsules.is_empty());
 }
+
+#[test]
+fn a_snapshot_is_a_template_of_its_team_until_it_is_deleted() {
+    let mut one = one(r#"{"vcpus":2,"memory_mb":256}"#);
+    let body = format!(r#"{{"sandbox_id":"{}","name":"warm"}}"#, one.id);
+    let key = one.key.clone();
+    let header = ("x-api-key", key.as_str());
+    let made = one.stage.request(Post, "/v1/snapshots", header, &body);
+    assert_eq!(made.status, 201, "{:?}", made.error_message());
+    let shown = json(&made);
+    assert_eq!((text(&shown["name"]), text(&shown["type"])), ("warm".into(), "snapshot".into()));
+    assert_eq!((&shown["vcpus"], &shown["memory_mb"]), (&2.into(), &256.into()));
+    assert_eq!(one.status(), "running");
+    let again = one.stage.request(Post, "/v1/snapshots", header, &body);
+    assert_eq!(again.status, 409);
+    let before: Vec<String> = one.stage.hosts[0].snapshots.iter().cloned().collect();
+    let replaced = one.stage.request(Post, "/v1/snapshots?overwrite=true", header, &body);
+    assert_eq!(replaced.status, 201, "{:?}", replaced.error_message());
+    assert_eq!(one.stage.hosts[0].snapshots.len(), 1, "the old one goes");
+    assert!(!one.stage.hosts[0].snapshots.contains(&before[0]));
+    let unnamed = format!(r#"{{"sandbox_id":"{}"}}"#, one.id);
+    let unnamed = one.stage.request(Post, "/v1/snapshots", header, &unnamed);
+    let name = text(&json(&unnamed)["name"]);
+    assert!(name.starts_with("template-") && name.len() == 17, "{name}");
+    let listed = json(&one.stage.request(Get, "/v1/snapshots?type=snapshot", header, ""));
+    assert_eq!(listed.as_array().map(Vec::len), Some(2), "{listed}");
+    let created = one.stage.request(Post, "/v1/capsules", header, r#"{"template":"warm","memory_mb":512}"#);
+    assert_eq!(created.status, 201, "{:?}", created.error_message());
+    let created = json(&created);
+    assert_eq!((text(&created["template"]), &created["memory_mb"]), ("warm".into(), &256.into()));
+    for name in ["warm", &name] {
+        let path = format!("/v1/snapshots/{name}");
+        assert_eq!(one.stage.request(Delete, &path, header, "").status, 204);
+        assert_eq!(one.stage.request(Delete, &path, header, "").status, 404);
+    }
+    assert!(one.stage.hosts[0].snapshots.is_empty());
+    let gone = one.stage.request(Post, "/v1/capsules", header, r#"{"template":"warm"}"#);
+    assert_eq!(gone.status, 404);
+}
+
+#[test]
+fn clones_are_capsules_of_a_snapshot_that_goes_again() {
+    let mut one = one("{}");
+    let made = one.post("clone", r#"{"count":3}"#);
+    assert_eq!(made.status, 201, "{:?}", made.error_message());
+    let clones = json(&made);
+    let ids: std::collections::BTreeSet<String> =
+        clones.as_array().into_iter().flatten().map(|c| text(&c["id"])).collect();
+    assert_eq!(ids.len(), 3, "{clones}");
+    assert!(clones.as_array().into_iter().flatten().all(|c| text(&c["status"]) == "running"));
+    assert!(one.stage.hosts[0].snapshots.is_empty(), "nobody sees it");
+    assert_eq!(one.stage.hosts[0].capsules.len(), 4);
+    assert_eq!(one.post("clone", r#"{"count":21}"#).status, 400);
+    assert_eq!(one.status(), "running");
+    assert_eq!(one.post("pause", "").status, 200);
+    assert_eq!(one.post("clone", "").status, 409);
+}
