@@ -162,6 +162,8 @@ pub fn find(sql: &mut dyn Sql, id: &str) -> Result<Option<KeyHolder>, DbError> {
 pub struct WireLogin {
     /// `key-…`
     pub key_id: String,
+    /// The team that it acts for.
+    pub team_id: String,
     /// The verifier in its text form.
     pub verifier: String,
 }
@@ -172,12 +174,16 @@ pub struct WireLogin {
 /// What the database says.
 pub fn wire_login(sql: &mut dyn Sql, identity: &str) -> Result<Option<WireLogin>, DbError> {
     let rows = sql.rows(
-        "select k.id, k.wire_verifier from api_keys k join teams t on t.id = k.team_id
+        "select k.id, k.team_id, k.wire_verifier from api_keys k join teams t on t.id = k.team_id
          where t.deleted_at is null and (k.id = $1 or k.key_prefix = $1) limit 2",
         &[&identity],
     )?;
     match rows.as_slice() {
-        [row] => Ok(Some(WireLogin { key_id: column(row, "id")?, verifier: column(row, "wire_verifier")? })),
+        [row] => Ok(Some(WireLogin {
+            key_id: column(row, "id")?,
+            team_id: column(row, "team_id")?,
+            verifier: column(row, "wire_verifier")?,
+        })),
         _ => Ok(None),
     }
 }

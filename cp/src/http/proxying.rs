@@ -70,7 +70,7 @@ impl Server {
             }
             HostEvent::Finished { .. } => proxy.exchange.service_ended(&mut actions),
             HostEvent::Failed { error, .. } => proxy.exchange.service_failed(error, &mut actions),
-            HostEvent::Writable { .. } | HostEvent::Reply { .. } => {}
+            HostEvent::Writable { .. } | HostEvent::Reply { .. } | HostEvent::Reset { .. } => {}
         }
         self.carry_out(id, actions);
     }

@@ -191,6 +191,7 @@ impl Server {
             | HostEvent::Data { call, .. }
             | HostEvent::Finished { call }
             | HostEvent::Failed { call, .. }
+            | HostEvent::Reset { call, .. }
             | HostEvent::Writable { call } => {
                 let Some(id) = self.calls.get(&call).copied() else {
                     // The task is over; the session has reset the stream already.

@@ -83,7 +83,8 @@ impl Server {
                 relay.is_over = true;
                 relay.translator.failed(error, &mut actions);
             }
-            HostEvent::Reply { .. } => {}
+            // Neither comes on such streams.
+            HostEvent::Reply { .. } | HostEvent::Reset { .. } => {}
         }
         self.act(id, actions);
     }
@@ -338,7 +339,7 @@ impl Server {
                 let error = HostError::BadReply("the stream ended before the file was written".to_string());
                 return self.end_upload(id, Err(error.into()));
             }
-            HostEvent::Finished { .. } | HostEvent::Reply { .. } => {}
+            HostEvent::Finished { .. } | HostEvent::Reply { .. } | HostEvent::Reset { .. } => {}
         }
         self.pump_upload(id);
     }

@@ -5,21 +5,20 @@ use super::limits::MAX_TASKS;
 use super::server::Server;
 use super::task::{Caller, Task, TaskId, Wait};
 use crate::api::capsule_access::with_capsule_as;
-use crate::api::principal::Credential;
+use crate::api::principal::{Credential, authenticate};
 use crate::hosts::error::HostError;
 use crate::hosts::sessions::{self, CallId, HostEvent, Hosts};
 use crate::wire_clients::requests::{self, Asked, Encoded, Shape, encoded};
-use crate::wire_clients::{MAX_WIRE_CLIENTS, Spliced, StreamUse, WireClient};
-use std::sync::LazyLock;
+use crate::wire_clients::{MAX_TEAM_CLIENTS, Spliced, StreamUse, WireClient, has_room};
+use std::sync::{Arc, LazyLock};
 use wire::auth::Verifier;
 use wire::limiter::peer_of;
 use wire::message::{Code, Error, Forward, HealthReply};
 use wire::session::{Event, SendError, SessionError, StreamId};
 use wire::splice::{Flow as Moved, Pipe, Sink};
 
-/// How long a capsule may take until the first message of a stream into it, in milliseconds: that of a file
-/// that is written comes at its end.
-const FIRST_MESSAGE_MS: u64 = 3_600_000;
+/// How long a stream may take until it is open to its host, in milliseconds.
+const OPEN_TIMEOUT_MS: u64 = 30_000;
 
 /// A stream to a host, as the end of a pipe.
 struct CallEnd<'a>(&'a mut Hosts, CallId);
@@ -68,6 +67,17 @@ impl Server {
                 Event::Closed { error } => self.on_wire_closed(client_id, &error),
             }
         }
+        let now_ms = self.now_ms;
+        if let Some(key_id) = self.wire(client_id).and_then(|w| w.take_recheck(now_ms)) {
+            self.start_wire_task(client_id, None, Shape::Done, move |server| {
+                let context = Arc::clone(&server.context);
+                Step::database(move |db| {
+                    let key = Credential::ProvenKey(key_id);
+                    db.read(|sql| authenticate(sql, &context, &key))?;
+                    Step::respond(Response::no_content())
+                })
+            });
+        }
         if self.is_draining
             && let Some(wire) = self.wire(client_id)
             && wire.session.stream_count() == 0
@@ -81,14 +91,18 @@ impl Server {
             .clients
             .get(&client_id)
             .map_or(0, |client| self.wire_failures.wait_ms(&peer_of(client.peer_address()), self.now_ms));
-        let count = self.clients.values().filter(|c| c.is_wire()).count();
+        let (count, unproven) = self
+            .clients
+            .values()
+            .filter_map(|c| c.wire_team())
+            .fold((0, 0), |n, team| (n.0 + 1, n.1 + usize::from(team.is_empty())));
         let Some(wire) = self.wire(client_id) else { return };
         if wait_ms > 0 {
             let seconds = wait_ms.div_ceil(1000);
             let text = format!("too many failed logins from this address; try again in {seconds} s");
             wire.session.refuse(Code::ResourceExhausted, &text);
-        } else if count > MAX_WIRE_CLIENTS {
-            wire.session.refuse(Code::ResourceExhausted, "too many wire clients are connected");
+        } else if !has_room(count, unproven) {
+            wire.session.refuse(Code::ResourceExhausted, "too many clients are connected; try again");
         } else {
             self.start_wire_task(client_id, None, Shape::Done, |_| {
                 Step::database(move |db| {
@@ -108,6 +122,7 @@ impl Server {
         let verifier = login.and_then(|login| {
             let verifier = Verifier::parse(&login.verifier);
             wire.key_id = Some(login.key_id);
+            wire.team_id = login.team_id;
             verifier
         });
         wire.session.provide_verifier(verifier, DECOY_KEY.as_slice());
@@ -115,11 +130,21 @@ impl Server {
     }
 
     fn on_ready(&mut self, client_id: u64) {
+        let now_ms = self.now_ms;
         let Some(client) = self.clients.get_mut(&client_id) else { return };
         let address = client.peer_address();
-        let key_id = client.wire().and_then(|w| w.key_id.as_deref());
-        log::info!("{address}: wire client with {}", key_id.unwrap_or_default());
+        let Some(wire) = client.wire() else { return };
+        wire.on_proven(now_ms);
+        log::info!("{address}: wire client with {}", wire.key_id.as_deref().unwrap_or_default());
+        let team_id = wire.team_id.clone();
         self.wire_failures.succeeded(&peer_of(address));
+        let of_team = self.clients.values().filter(|c| c.wire_team() == Some(&team_id)).count();
+        if of_team > MAX_TEAM_CLIENTS
+            && let Some(wire) = self.wire(client_id)
+        {
+            let text = format!("your team has {MAX_TEAM_CLIENTS} connections already; end one of them");
+            wire.session.refuse(Code::ResourceExhausted, &text);
+        }
     }
 
     fn on_wire_closed(&mut self, client_id: u64, error: &SessionError) {
@@ -254,11 +279,12 @@ impl Server {
                 }
                 self.answer_stream(caller.client, stream, requests::answer(caller.shape, response));
             }
-            // A login that could not be looked up.
+            // A login that could not be looked up, or a key that was looked up again.
             None => {
+                let now_ms = self.now_ms;
                 if let Some(wire) = self.wire(caller.client) {
-                    let error = requests::error(response);
-                    wire.session.refuse(error.code(), &error.text);
+                    let error = (response.status >= 400).then(|| requests::error(response));
+                    wire.on_rechecked(error, now_ms);
                 }
                 self.ready.insert(caller.client);
             }
@@ -302,9 +328,9 @@ impl Server {
             address: target.address,
             messages: vec![super::handler::encode(&forward)],
             half_close: false,
-            timeout_ms: FIRST_MESSAGE_MS,
+            timeout_ms: OPEN_TIMEOUT_MS,
         };
-        self.hosts.open(call, request, self.now_ms);
+        self.hosts.splice(call, request, self.now_ms);
     }
 
     /// Takes what came from a host for a client's stream.
@@ -318,6 +344,14 @@ impl Server {
             HostEvent::Data { channel, bytes, cost, .. } => spliced.outward.push_data(channel, bytes, cost),
             HostEvent::Finished { .. } => spliced.outward.push_end(),
             HostEvent::Failed { error, .. } => return self.fail_splice(client_id, stream, error),
+            HostEvent::Reset { call, code, reason } => {
+                if let Some(wire) = self.wire(client_id) {
+                    wire.reset(stream, code, &reason);
+                }
+                self.stalled.remove(&(client_id, stream));
+                self.ready.insert(client_id);
+                return self.end_splice(&id, Some(call));
+            }
             HostEvent::Reply { .. } => {}
         }
         self.pump_splice(client_id, stream);

@@ -9,14 +9,23 @@ use crate::hosts::sessions::CallId;
 use crate::http::task::TaskId;
 use std::collections::BTreeMap;
 use wire::auth::NONCE_LEN;
+use wire::message::{Code, Error};
 use wire::session::{Limits, Session, StreamId};
 use wire::splice::Pipe;
 
 /// Connections of wire clients at once; each may hold as much as [`LIMITS`] says.
 pub const MAX_WIRE_CLIENTS: usize = 512;
+/// Of these, connections that have not proven a key. Each has the time of the handshake for that.
+pub const MAX_UNPROVEN: usize = 128;
+/// Connections of one team, so that none takes the places of all others. With the streams of each it has a
+/// quarter of [what all may have](crate::hosts::sessions::MAX_CALLS).
+pub const MAX_TEAM_CLIENTS: usize = 16;
 /// What a client may have under way.
 pub const LIMITS: Limits =
-    Limits { stream_window: 256 * 1024, connection_window: 1024 * 1024, max_streams: 256 };
+    Limits { stream_window: 256 * 1024, connection_window: 512 * 1024, max_streams: 64 };
+/// How often the key of a connection is looked up, in milliseconds: what a revoked key has open ends then.
+/// New streams of it are refused at once.
+pub const RECHECK_MS: u64 = 30_000;
 
 /// A connection of a wire client.
 pub struct WireClient {
@@ -24,6 +33,12 @@ pub struct WireClient {
     pub session: Session,
     /// The id of the key whose verifier the session was given. It is proven once the session is ready.
     pub key_id: Option<String>,
+    /// The team that the key acts for.
+    pub team_id: String,
+    /// Whether the key is proven.
+    pub is_proven: bool,
+    /// When the key is looked up again; `None` while it is being looked up.
+    pub recheck_at_ms: Option<u64>,
     /// What its streams are for.
     pub streams: BTreeMap<StreamId, StreamUse>,
 }
@@ -63,8 +78,48 @@ impl WireClient {
         WireClient {
             session: Session::server(name, nonce, LIMITS, now_ms),
             key_id: None,
+            team_id: String::new(),
+            is_proven: false,
+            recheck_at_ms: None,
             streams: BTreeMap::new(),
         }
+    }
+
+    /// The key is proven.
+    pub fn on_proven(&mut self, now_ms: u64) {
+        self.is_proven = true;
+        self.recheck_at_ms = Some(now_ms + RECHECK_MS);
+    }
+
+    /// When something is due.
+    pub fn next_timeout_ms(&self) -> Option<u64> {
+        let session = self.session.next_timeout_ms()?;
+        Some(self.recheck_at_ms.map_or(session, |at| at.min(session)))
+    }
+
+    /// The id of the key, when it is to be looked up now. [`WireClient::on_rechecked`] follows.
+    pub fn take_recheck(&mut self, now_ms: u64) -> Option<String> {
+        self.recheck_at_ms.take_if(|at| *at <= now_ms)?;
+        self.key_id.clone()
+    }
+
+    /// What looking up the key, proven or only claimed, has come to when it is no verifier: a connection
+    /// without a good key ends. That the database is away says nothing of a key that was proven.
+    pub fn on_rechecked(&mut self, error: Option<Error>, now_ms: u64) {
+        match error {
+            Some(error) if !self.is_proven || error.code() == Code::Unauthenticated => {
+                self.session.refuse(error.code(), &error.text);
+            }
+            Some(_) | None => self.recheck_at_ms = Some(now_ms + RECHECK_MS),
+        }
+    }
+
+    /// Ends a stream into a capsule as its host has.
+    pub fn reset(&mut self, stream: StreamId, code: u16, reason: &str) {
+        if let Some(StreamUse::Spliced(spliced)) = self.streams.remove(&stream) {
+            self.session.release(0, spliced.inward.owed());
+        }
+        self.session.reset(stream, Code::from_number(code), reason);
     }
 
     /// The stream's two pipes, if it goes on into a capsule.
@@ -73,5 +128,52 @@ impl WireClient {
             Some(StreamUse::Spliced(spliced)) => Some(spliced),
             _ => None,
         }
+    }
+}
+
+/// Whether a connection may go on to the lookup of its key, with so many there, itself among them, and so
+/// many of them unproven.
+pub fn has_room(connections: usize, unproven: usize) -> bool {
+    connections <= MAX_WIRE_CLIENTS && unproven <= MAX_UNPROVEN
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn proven(now_ms: u64) -> WireClient {
+        let mut client = WireClient::new([1; NONCE_LEN], now_ms);
+        client.key_id = Some("key-1".into());
+        client.on_proven(now_ms);
+        client
+    }
+
+    #[test]
+    fn a_key_is_looked_up_again_and_a_revoked_one_ends_its_connection() {
+        let mut client = proven(0);
+        assert_eq!(client.take_recheck(RECHECK_MS - 1), None);
+        assert_eq!(client.take_recheck(RECHECK_MS).as_deref(), Some("key-1"));
+        assert_eq!(client.take_recheck(2 * RECHECK_MS), None, "one at a time");
+        client.on_rechecked(None, RECHECK_MS);
+        assert_eq!(client.recheck_at_ms, Some(2 * RECHECK_MS));
+        client.on_rechecked(Some(Error::new(Code::Unavailable, "the database is away")), RECHECK_MS);
+        assert!(!client.session.is_closed());
+        client.on_rechecked(Some(Error::new(Code::Unauthenticated, "revoked")), RECHECK_MS);
+        assert!(client.session.is_closed() && client.next_timeout_ms().is_none());
+    }
+
+    #[test]
+    fn nobody_is_let_in_without_a_lookup() {
+        let mut client = WireClient::new([1; NONCE_LEN], 0);
+        client.on_rechecked(Some(Error::new(Code::Unavailable, "the database is away")), 1);
+        assert!(client.session.is_closed());
+    }
+
+    #[test]
+    fn one_team_cannot_take_all() {
+        const { assert!(MAX_TEAM_CLIENTS * LIMITS.max_streams as usize * 4 <= crate::hosts::sessions::MAX_CALLS) };
+        const { assert!(MAX_TEAM_CLIENTS * 4 <= MAX_WIRE_CLIENTS && MAX_UNPROVEN * 2 <= MAX_WIRE_CLIENTS) };
+        assert!(has_room(MAX_WIRE_CLIENTS, MAX_UNPROVEN));
+        assert!(!has_room(MAX_WIRE_CLIENTS + 1, 1) && !has_room(MAX_UNPROVEN + 1, MAX_UNPROVEN + 1));
     }
 }

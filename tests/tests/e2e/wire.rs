@@ -26,6 +26,7 @@ pub const TESTS: &[Test] = &[
     ("wire_keys_are_proven_and_can_be_revoked", wire_keys_are_proven_and_can_be_revoked),
     ("the_python_wire_client_works", the_python_wire_client_works),
     ("the_c_wire_client_works", the_c_wire_client_works),
+    ("wire_clients_that_stand_still_are_ended", wire_clients_that_stand_still_are_ended),
     ("nonsense_on_the_wire_ends_its_connection_only", nonsense_on_the_wire_ends_its_connection_only),
     ("guessing_keys_on_the_wire_has_to_wait", guessing_keys_on_the_wire_has_to_wait),
 ];
@@ -329,6 +330,50 @@ fn nonsense_on_the_wire_ends_its_connection_only(context: &mut Context) -> Resul
     let mut client = context.dial(&key.id, &key.secret).map_err(failed("log in"))?;
     client.request::<_, HealthReply>(&Health {}).map_err(failed("health"))?;
     drop(silent);
+    Ok(Outcome::Passed)
+}
+
+/// Starts a process that does not end by itself; its number.
+fn lasting(client: &mut Client, capsule: &str, command: &str) -> Result<u32> {
+    let stream = client.open_in(capsule, &shell(command), true).map_err(failed("start"))?;
+    Ok(client.next_message::<ProcessStarted>(stream).map_err(failed("start"))?.pid)
+}
+
+fn wire_clients_that_stand_still_are_ended(context: &mut Context) -> Result<Outcome> {
+    let capsule = context.capsule()?;
+    let admin = context.stack.admin()?;
+    let mut half_open = Vec::new();
+    for first in [&[][..], &PREAMBLE[..1], &PREAMBLE] {
+        let mut stream = TcpStream::connect(&context.stack.cp_address).context("connect")?;
+        stream.set_read_timeout(Some(TIMEOUT)).context("a time limit")?;
+        stream.write_all(first).context("send")?;
+        half_open.push(stream);
+    }
+    // One that reads nothing from here on, with a process that floods it.
+    let key = context.new_key(&admin)?;
+    let mut stalled = context.dial(&key.id, &key.secret).map_err(failed("log in"))?;
+    let flood = lasting(&mut stalled, &capsule, "exec cat /dev/zero")?;
+    // One whose key is revoked while a process of its runs.
+    let key = context.new_key(&admin)?;
+    let mut revoked = context.dial(&key.id, &key.secret).map_err(failed("log in"))?;
+    let sleep = lasting(&mut revoked, &capsule, "exec sleep 1000")?;
+    ensure!(admin.delete(&format!("/v1/api-keys/{}", key.id))?.status == 204, "revoke the key");
+    let ended = revoked.idle(TIMEOUT);
+    let code = Code::Unauthenticated as u16;
+    ensure!(
+        matches!(ended, Err(ClientError::Session(SessionError::ByPeer(told, _))) if told == code),
+        "a revoked key's connection: {ended:?}"
+    );
+    for mut stream in half_open {
+        let mut said = Vec::new();
+        let is_over = stream.read_to_end(&mut said).is_ok();
+        ensure!(is_over && said.len() < 1024, "a half-open connection: {} bytes", said.len());
+    }
+    wait_until("their processes to end", TIMEOUT, || {
+        let look = format!("kill -0 {sleep} 2>&- || kill -0 {flood} 2>&- && echo runs || echo gone");
+        context.shell(&capsule, &look).is_ok_and(|said| said == "gone")
+    })?;
+    drop(stalled);
     Ok(Outcome::Passed)
 }
 

@@ -81,6 +81,15 @@ pub enum HostEvent {
         /// Why.
         error: HostError,
     },
+    /// The host reset a [spliced](Hosts::splice) stream; it is over.
+    Reset {
+        /// The stream.
+        call: CallId,
+        /// Why, as a number of [`Code`].
+        code: u16,
+        /// Why, for a person.
+        reason: String,
+    },
     /// A stream can be sent to: it is open now, or has room again.
     Writable {
         /// The stream.
@@ -119,8 +128,10 @@ enum TimerKey {
 enum Mode {
     /// Gathers a reply.
     Collect(Collector),
-    /// Hands on what comes.
+    /// Hands on what comes, but errors as failures.
     Stream,
+    /// Hands on all that comes, as it came.
+    Splice,
 }
 
 struct Call {
@@ -211,10 +222,17 @@ impl Hosts {
         self.start(call, request, Mode::Stream, now_ms);
     }
 
+    /// Opens a stream that is one with a client's: errors and resets are handed on as they came, and once
+    /// it is open the request's timeout means nothing more. `Writable` follows when it is open, `Failed`
+    /// when it cannot be or its session is lost.
+    pub fn splice(&mut self, call: CallId, request: Request, now_ms: u64) {
+        self.start(call, request, Mode::Splice, now_ms);
+    }
+
     fn start(&mut self, call: CallId, request: Request, mode: Mode, now_ms: u64) {
         let fail = |mode: Mode, error| match mode {
             Mode::Collect(_) => HostEvent::Reply { call, result: Err(error) },
-            Mode::Stream => HostEvent::Failed { call, error },
+            Mode::Stream | Mode::Splice => HostEvent::Failed { call, error },
         };
         if self.is_closing {
             self.events.push_back(fail(mode, HostError::ShuttingDown));
@@ -305,8 +323,8 @@ impl Hosts {
         let Some(call) = self.remove(id, Code::Cancelled, "the request is over") else { return };
         self.events.push_back(match (call.mode, result) {
             (Mode::Collect(_), result) => HostEvent::Reply { call: id, result },
-            (Mode::Stream, Err(error)) => HostEvent::Failed { call: id, error },
-            (Mode::Stream, Ok(_)) => HostEvent::Finished { call: id },
+            (Mode::Stream | Mode::Splice, Err(error)) => HostEvent::Failed { call: id, error },
+            (Mode::Stream | Mode::Splice, Ok(_)) => HostEvent::Finished { call: id },
         });
     }
 

@@ -1,7 +1,7 @@
 //! What comes from hosts, on its way to the calls that it is for.
 
 use super::link::reason_of;
-use super::{Call, Host, HostEvent, Hosts, MAX_ROUNDS, Mode, TimerKey};
+use super::{Call, CallId, Host, HostEvent, Hosts, MAX_ROUNDS, Mode, TimerKey};
 use crate::hosts::error::HostError;
 use crate::hosts::reply::Progress;
 use mio::Token;
@@ -57,7 +57,11 @@ impl Hosts {
             }
             Event::Finished { stream } => self.on_finished(token, stream),
             Event::Reset { stream, code, reason } => {
-                if let Some(call) = host.streams.remove(&stream) {
+                let call = host.streams.remove(&stream);
+                if let Some(call) = call.filter(|id| self.is_splice(*id)) {
+                    self.remove(call, Code::Cancelled, "");
+                    self.events.push_back(HostEvent::Reset { call, code, reason });
+                } else if let Some(call) = call {
                     let error = Error::new(Code::from_number(code), reason);
                     self.end(call, Err(HostError::Remote(error)));
                 }
@@ -96,6 +100,10 @@ impl Hosts {
         }
     }
 
+    fn is_splice(&self, id: CallId) -> bool {
+        self.calls.get(&id).is_some_and(|call| matches!(call.mode, Mode::Splice))
+    }
+
     /// Gives the calls that wait their streams, once the session is ready.
     pub(super) fn start_waiting(&mut self, token: Token) {
         while let Some(host) = self.hosts.get_mut(&token).filter(|h| h.is_ready) {
@@ -121,7 +129,10 @@ impl Hosts {
                 Ok(stream) => {
                     call.stream = Some(stream);
                     host.streams.insert(stream, id);
-                    if matches!(call.mode, Mode::Stream) {
+                    if matches!(call.mode, Mode::Splice) {
+                        self.timers.clear(TimerKey::Call(id));
+                    }
+                    if matches!(call.mode, Mode::Stream | Mode::Splice) {
                         self.events.push_back(HostEvent::Writable { call: id });
                     }
                 }
@@ -145,6 +156,10 @@ impl Hosts {
                     Ok(Progress::Complete) => self.complete(id),
                     Err(error) => self.end(id, Err(error)),
                 }
+            }
+            Mode::Splice => {
+                call.owed += cost;
+                self.events.push_back(HostEvent::Message { call: id, kind, body, cost });
             }
             Mode::Stream => {
                 self.timers.clear(TimerKey::Call(id));

@@ -187,6 +187,15 @@ impl Client {
         matches!(self.state, State::Wire(_))
     }
 
+    /// The team of a wire client's proven key; empty while none is proven, `None` for other connections.
+    pub fn wire_team(&self) -> Option<&str> {
+        match &self.state {
+            State::Wire(wire) if wire.is_proven => Some(&wire.team_id),
+            State::Wire(_) => Some(""),
+            _ => None,
+        }
+    }
+
     /// The wire client, if it is one.
     pub fn wire(&mut self) -> Option<&mut WireClient> {
         match &mut self.state {

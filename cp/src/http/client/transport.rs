@@ -68,7 +68,7 @@ impl Client {
             State::WebSocket(ws) if ws.is_closing() => Some(self.wrote_ms + LINGER_MS),
             State::WebSocket(_) if self.pinged => Some(self.heard_ms + WEBSOCKET_DEAD_MS),
             State::WebSocket(_) => Some(self.heard_ms + WEBSOCKET_PING_MS),
-            State::Wire(wire) => wire.session.next_timeout_ms(),
+            State::Wire(wire) => wire.next_timeout_ms(),
             State::Closing { .. } if self.pending_output() > 0 => None,
             State::Closing { .. } => Some(self.wrote_ms.max(self.since_ms) + LINGER_MS),
         };
