@@ -6,7 +6,7 @@ WRENN_API_KEY and WRENN_BASE_URL name the control plane. Prints "SDK check passe
 import itertools
 import os
 
-from wrenn import Capsule, WrennAuthenticationError, WrennNotFoundError
+from wrenn import Capsule, WrennAuthenticationError, WrennClient, WrennNotFoundError
 
 ACCESS = {"api_key": os.environ["WRENN_API_KEY"], "base_url": os.environ["WRENN_BASE_URL"]}
 
@@ -65,6 +65,24 @@ def check_terminal(capsule):
     assert b"30 100" in shown and code == 5, (shown, code)
 
 
+def check_lifecycle(capsule):
+    """Pauses and resumes it, and makes a template of it, from which another starts."""
+    capsule.commands.run("echo kept >/dev/shm/kept")
+    assert capsule.pause(wait=True).status.value == "paused"
+    assert not capsule.is_running()
+    assert capsule.resume(wait=True).status.value == "running"
+    assert capsule.commands.run("cat /dev/shm/kept").stdout == "kept\n"
+    template = capsule.create_snapshot(name="sdk-warm")
+    assert (template.name, template.type.value) == ("sdk-warm", "snapshot"), template
+    assert capsule.create_snapshot(name="sdk-warm", overwrite=True).name == "sdk-warm"
+    client = WrennClient(**ACCESS)
+    assert "sdk-warm" in [t.name for t in client.snapshots.list()]
+    with Capsule(template="sdk-warm", wait=True, **ACCESS) as other:
+        assert other.commands.run("cat /dev/shm/kept").stdout == "kept\n"
+    client.snapshots.delete("sdk-warm")
+    assert "sdk-warm" not in [t.name for t in client.snapshots.list()]
+
+
 def main():
     with Capsule(template="minimal", memory_mb=256, wait=True, **ACCESS) as capsule:
         assert capsule.is_running()
@@ -84,6 +102,7 @@ def main():
         check_processes(capsule)
         check_files(capsule)
         check_terminal(capsule)
+        check_lifecycle(capsule)
 
         listed = [c.id for c in Capsule.list(**ACCESS)]
         assert capsule.capsule_id in listed, listed

@@ -161,6 +161,7 @@ impl Capsule {
             }
             Err(e) => Event::SnapshotFailed(Failure::Save(e.to_string())),
         };
+        self.set_clock_again();
         self.pump_machine();
         self.reap(ctx).into_iter().chain([event]).collect()
     }
@@ -176,11 +177,21 @@ impl Capsule {
                 log::info!("capsule {}: saved in {took_ms} ms, {kib} KiB of memory {what}", self.spec.id);
                 Event::Saved
             }
-            Err(e) => Event::SaveFailed(Failure::Save(e.to_string())),
+            Err(e) => {
+                self.set_clock_again();
+                Event::SaveFailed(Failure::Save(e.to_string()))
+            }
         };
         // Its end may have come while nobody looked.
         self.pump_machine();
         self.reap(ctx).into_iter().chain([event]).collect()
+    }
+
+    /// The guest stood still, and its clock with it.
+    fn set_clock_again(&mut self) {
+        if self.welcome_guest().is_some() {
+            self.greet_guest();
+        }
     }
 
     pub(super) fn on_restored(&mut self, ctx: &mut Context, report: RestoreReport) -> Event {
