@@ -46,6 +46,8 @@ pub enum Task {
     File,
     /// It is connected to a port.
     Port(PortKey),
+    /// It is told of the ports.
+    Sampler,
 }
 
 struct Connection {

@@ -10,6 +10,7 @@ use crate::ports::Ports;
 use crate::process::Supervisor;
 use crate::process::request::Defaults;
 use crate::process::supervisor::Shell;
+use crate::sampler::Sampler;
 use crate::sys::epoll::{Epoll, Ready};
 use crate::sys::{Errno, Fd, boot, cgroup, clock, credentials, fd, signal, socket};
 use crate::token::{Token, Way};
@@ -36,6 +37,7 @@ pub struct Daemon {
     pub(crate) supervisor: Supervisor,
     pub(crate) files: Files,
     pub(crate) ports: Ports,
+    pub(crate) sampler: Sampler,
     pub(crate) own_port: u16,
     pub(crate) defaults: Defaults,
     pub(crate) started_ms: u64,
@@ -96,6 +98,7 @@ impl Daemon {
             supervisor: Supervisor::new(group),
             files: Files::default(),
             ports: Ports::default(),
+            sampler: Sampler::default(),
             own_port: listen.port(),
             defaults: Defaults { is_root: credentials::effective_uid() == 0, ..Defaults::default() },
             started_ms: now_ms,
@@ -137,6 +140,7 @@ impl Daemon {
             self.connections.next_timeout_ms(),
             self.supervisor.next_timeout_ms(),
             self.identity.next_timeout_ms(),
+            Some(self.sampler.next_timeout_ms()),
         ];
         let wait = due.into_iter().flatten().min().map_or(IDLE_MS, |at| at.saturating_sub(self.now_ms));
         wait.min(IDLE_MS) as i32
@@ -146,6 +150,7 @@ impl Daemon {
         self.connections.handle_timeouts(self.now_ms);
         self.with_supervisor(Supervisor::handle_timeouts);
         self.identity.handle_timeout(&self.epoll, self.now_ms);
+        self.sampler.handle_timeout(self.now_ms, self.own_port, &mut self.connections);
         if self.identity.has_given_up() && matches!(self.gate, Gate::Waiting) {
             self.set_gate(Gate::Shut);
         }

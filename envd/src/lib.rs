@@ -14,6 +14,7 @@
 //! | [`guest`] | time, randomness and defaults from the agent |
 //! | [`files`] | files on behalf of a user |
 //! | [`ports`] | TCP ports of the guest |
+//! | [`sampler`] | what is looked at once a second: figures and ports |
 //! | [`metrics`] | what the guest uses |
 //! | [`identity`] | who the capsule is and who may talk to it |
 //! | [`cmdline`], [`json`], [`metadata`], [`options`], [`token`], [`users`] | pure parsers and tables |
@@ -40,6 +41,7 @@ pub mod metrics;
 pub mod options;
 pub mod ports;
 pub mod process;
+pub mod sampler;
 pub mod service;
 pub mod sys;
 pub mod token;

@@ -25,34 +25,56 @@ const TABLES: [&CStr; 2] = [c"/proc/net/tcp", c"/proc/net/tcp6"];
 /// A connection's number; never used twice.
 pub type PortKey = u32;
 
-/// One line of a table: the port and whether the address is the loopback, when it is listened on.
-fn listener(line: &str) -> Option<(u16, bool)> {
+/// A port that is listened on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Listening {
+    /// Whether only the loopback reaches it.
+    pub loopback_only: bool,
+    /// The user id that listens.
+    pub user: u32,
+    /// The inode of its socket; of the last one where there are several.
+    pub inode: u64,
+}
+
+/// One line of a table, when it is a socket that listens.
+fn listener(line: &str) -> Option<(u16, Listening)> {
     let mut fields = line.split_ascii_whitespace();
     let (address, port) = fields.nth(1)?.split_once(':')?;
     let state = fields.nth(1)?;
     if state != LISTENING {
         return None;
     }
+    let user = fields.nth(3).and_then(|f| f.parse().ok()).unwrap_or(0);
+    let inode = fields.nth(1).and_then(|f| f.parse().ok()).unwrap_or(0);
     // Addresses are 32-bit words in the machine's order: 127.x.y.z ends in 7F, ::1 in a word of 1.
-    let is_loopback = match address.len() {
+    let loopback_only = match address.len() {
         8 => address.ends_with("7F"),
         32 => address == "00000000000000000000000001000000" || address.ends_with("FFFF00000100007F"),
         _ => return None,
     };
-    Some((u16::from_str_radix(port, 16).ok()?, is_loopback))
+    Some((u16::from_str_radix(port, 16).ok()?, Listening { loopback_only, user, inode }))
 }
 
 /// The ports of the tables, in order; one that is listened on more than once is open when one of them is.
-pub fn listeners<'a>(tables: impl Iterator<Item = &'a str>) -> BTreeMap<u16, bool> {
-    let mut ports = BTreeMap::new();
-    for (port, is_loopback) in tables.flat_map(str::lines).filter_map(listener) {
-        ports.entry(port).and_modify(|only| *only &= is_loopback).or_insert(is_loopback);
+pub fn listeners<'a>(tables: impl Iterator<Item = &'a str>) -> BTreeMap<u16, Listening> {
+    let mut ports: BTreeMap<u16, Listening> = BTreeMap::new();
+    for (port, mut listening) in tables.flat_map(str::lines).filter_map(listener) {
+        if let Some(other) = ports.get(&port) {
+            listening.loopback_only &= other.loopback_only;
+        }
+        ports.insert(port, listening);
     }
     ports
 }
 
 /// Which ports are listened on, without envd's own.
 pub fn list(own: u16) -> Result<PortListReply, Error> {
+    let ports = listening(own)?.into_iter().map(|(port, l)| (port, l.loopback_only)).collect();
+    Ok(PortListReply { ports })
+}
+
+/// The same, with who listens.
+pub fn listening(own: u16) -> Result<BTreeMap<u16, Listening>, Error> {
     let mut tables = Vec::new();
     for path in TABLES {
         match file::read_file(path, MAX_TABLE) {
@@ -63,8 +85,9 @@ pub fn list(own: u16) -> Result<PortListReply, Error> {
         }
     }
     let texts = tables.iter().filter_map(|t| core::str::from_utf8(t).ok());
-    let ports = listeners(texts).into_iter().filter(|(port, _)| *port != own).collect();
-    Ok(PortListReply { ports })
+    let mut ports = listeners(texts);
+    ports.remove(&own);
+    Ok(ports)
 }
 
 /// One stream and its connection.
@@ -293,9 +316,11 @@ mod tests {
 
     #[test]
     fn listeners_are_read_from_the_kernels_tables() {
+        let of = |loopback_only, user, inode| Listening { loopback_only, user, inode };
         let v4: Vec<_> = listeners([TCP].into_iter()).into_iter().collect();
-        assert_eq!(v4, [(22, false), (8080, true)]);
-        let both: Vec<_> = listeners([TCP, TCP6].into_iter()).into_iter().collect();
+        assert_eq!(v4, [(22, of(false, 0, 2)), (8080, of(true, 1000, 1))]);
+        let both: Vec<_> =
+            listeners([TCP, TCP6].into_iter()).into_iter().map(|(p, l)| (p, l.loopback_only)).collect();
         assert_eq!(both, [(22, false), (3000, true), (8080, false)]);
     }
 }

@@ -10,8 +10,9 @@ use alloc::format;
 use alloc::string::ToString;
 use wire::message::{
     Code, Done, Error, FileList, FileMakeDirectory, FileMove, FileRead, FileRemove, FileStat, FileWatch,
-    FileWrite, GuestInit, GuestMetrics, GuestPrepareSnapshot, Health, HealthReply, Message, PortConnect,
-    PortList, ProcessAttach, ProcessEndInput, ProcessList, ProcessSignal, ProcessStart, TerminalResize,
+    FileWrite, GuestInit, GuestMetrics, GuestMetricsHistory, GuestPrepareSnapshot, Health, HealthReply,
+    Message, PortConnect, PortList, PortWatch, ProcessAttach, ProcessEndInput, ProcessList, ProcessSignal,
+    ProcessStart, TerminalResize,
 };
 use wire::session::{Event, SessionError};
 
@@ -45,8 +46,8 @@ impl Daemon {
                     Some(Task::Port(id)) => {
                         self.with_ports(|p, shell| p.on_data(id, bytes, cost, shell));
                     }
-                    // It crossed the end of what it was for.
-                    None => self.connections.release(key, cost),
+                    // It crossed the end of what it was for, or nobody asked for it.
+                    Some(Task::Sampler) | None => self.connections.release(key, cost),
                 }
             }
             Event::Finished { stream } => match self.connections.task(key(stream)) {
@@ -66,7 +67,7 @@ impl Daemon {
                 }
                 Some(Task::File) => self.files.on_writable(key(stream)),
                 Some(Task::Port(id)) => self.with_ports(|p, shell| p.go_on(id, shell)),
-                None => {}
+                Some(Task::Sampler) | None => {}
             },
             Event::GoingAway { .. } => {}
             Event::Closed { error } => {
@@ -85,6 +86,7 @@ impl Daemon {
             }
             Task::File => self.files.on_stream_gone(key),
             Task::Port(id) => self.ports.on_stream_gone(id),
+            Task::Sampler => self.sampler.on_stream_gone(key),
         }
     }
 
@@ -140,6 +142,17 @@ impl Daemon {
             GuestMetrics::KIND => {
                 decode::<GuestMetrics>(body)?;
                 self.connections.send_last(key, &crate::metrics::now()?);
+            }
+            GuestMetricsHistory::KIND => {
+                let after_ms = decode::<GuestMetricsHistory>(body)?.after_ms;
+                for figures in self.sampler.since(after_ms) {
+                    self.connections.send(key, figures);
+                }
+                self.connections.send_last(key, &Done {});
+            }
+            PortWatch::KIND => {
+                decode::<PortWatch>(body)?;
+                self.sampler.watch(key, self.own_port, &mut self.connections)?;
             }
             PortList::KIND => {
                 decode::<PortList>(body)?;

@@ -108,3 +108,63 @@ fn a_stream_that_is_reset_closes_its_connection() {
     let _ = socket.read_to_end(&mut rest);
     assert!(rest.is_empty() && begin.elapsed() < PATIENCE);
 }
+
+#[test]
+fn figures_are_kept_each_second() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    std::thread::sleep(Duration::from_millis(2_500));
+    let history = |client: &mut Client, after_ms| {
+        let stream = client.open(&GuestMetricsHistory { after_ms }, true);
+        let mut all = Vec::new();
+        loop {
+            match client.next_message(stream) {
+                (GuestMetricsReply::KIND, body) => {
+                    all.push(GuestMetricsReply::decode(&body).expect("figures").at_ms)
+                }
+                (kind, _) => {
+                    assert_eq!(kind, Done::KIND);
+                    return all;
+                }
+            }
+        }
+    };
+    let all = history(&mut client, 0);
+    assert!(all.len() >= 2 && all.windows(2).all(|pair| pair[1] >= pair[0] + 900), "{all:?}");
+    // A reader gets what it lacks.
+    let later = history(&mut client, all[0]);
+    assert!(later.len() >= all.len() - 1 && later[0] == all[1], "{all:?} {later:?}");
+}
+
+#[test]
+fn ports_are_told_as_they_come_and_go() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let there = TcpListener::bind("127.0.0.1:0").expect("listen");
+    let port_of = |l: &TcpListener| l.local_addr().expect("address").port();
+    let stream = client.open(&PortWatch {}, false);
+    let mut first = Vec::new();
+    loop {
+        match client.next_message(stream) {
+            (PortChange::KIND, body) => first.push(PortChange::decode(&body).expect("a change")),
+            (kind, _) => break assert_eq!(kind, Done::KIND),
+        }
+    }
+    let own = first.iter().find(|c| c.port == port_of(&there)).expect("the port that was there");
+    assert!(own.listening && own.loopback_only && own.pid == std::process::id(), "{own:?}");
+    // Others on this machine listen too.
+    let change_of = |client: &mut Client, port| loop {
+        let (kind, body) = client.next_message(stream);
+        assert_eq!(kind, PortChange::KIND);
+        let change = PortChange::decode(&body).expect("a change");
+        if change.port == port {
+            return change;
+        }
+    };
+    let new = TcpListener::bind("0.0.0.0:0").expect("listen");
+    let port = port_of(&new);
+    let change = change_of(&mut client, port);
+    assert!(change.listening && !change.loopback_only && change.pid == std::process::id(), "{change:?}");
+    drop(new);
+    assert!(!change_of(&mut client, port).listening);
+}

@@ -185,6 +185,14 @@ impl Client {
         stream
     }
 
+    /// The next message of a stream, whichever: its number and body.
+    pub fn next_message(&mut self, stream: StreamId) -> (u16, Vec<u8>) {
+        let event = self.wait_for(|e| matches!(e, Event::Message { stream: s, .. } if *s == stream));
+        let Event::Message { kind, body, cost, .. } = event else { panic!("{event:?}") };
+        self.session.release(stream, cost);
+        (kind, body)
+    }
+
     /// The next message of a stream, which must be an `M`.
     pub fn message<M: Message>(&mut self, stream: StreamId) -> M {
         match self.answer(stream) {

@@ -106,9 +106,12 @@ MESSAGES = {
     0x0401: ("GuestPrepareSnapshot", ""),
     0x0410: ("GuestMetrics", ""),
     0x0411: ("GuestMetricsReply", "at_ms u64; processors u32; busy_ms u64; idle_ms u64; memory_total_bytes u64; memory_available_bytes u64; disk_total_bytes u64; disk_available_bytes u64; network_received_bytes u64; network_sent_bytes u64; load_1m_thousandths u32; processes u32"),
+    0x0412: ("GuestMetricsHistory", "after_ms u64"),
     0x0420: ("PortConnect", "port u16"),
     0x0421: ("PortList", ""),
     0x0422: ("PortListReply", "ports list<pair<u16, bool>>"),
+    0x0423: ("PortWatch", ""),
+    0x0424: ("PortChange", "port u16; listening bool; loopback_only bool; user u32; pid u32"),
 }
 # messages: end
 

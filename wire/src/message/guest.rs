@@ -60,6 +60,13 @@ messages! {
         processes: u32,
     }
 
+    /// Asks for the figures that the guest daemon has taken, one a second of the last 10 minutes. Answered
+    /// by one `GuestMetricsReply` each, the oldest first, then `Done`.
+    GuestMetricsHistory = 0x0412 {
+        /// Only those that were taken later than this, see `at_ms` there; 0 for all.
+        after_ms: u64,
+    }
+
     /// Connects to a TCP port of the guest's own, also one that only its loopback reaches. Answered by
     /// `Done`, then DATA on channel 5 both ways; FIN is the end of a half, RESET of both.
     PortConnect = 0x0420 {
@@ -75,5 +82,24 @@ messages! {
     PortListReply = 0x0422 {
         /// Each port, and whether only the guest's loopback reaches it.
         ports: Vec<(u16, bool)>,
+    }
+
+    /// Asks to be told of the TCP ports that are listened on: of each that is now, then `Done`, then of each
+    /// change, within a second, until the stream ends.
+    PortWatch = 0x0423 {
+    }
+
+    /// A TCP port is listened on, or not any more.
+    PortChange = 0x0424 {
+        /// The port.
+        port: u16,
+        /// Whether it is listened on now.
+        listening: bool,
+        /// Whether only the guest's loopback reaches it.
+        loopback_only: bool,
+        /// The user id that listens.
+        user: u32,
+        /// The process that listens; 0 where it is not known.
+        pid: u32,
     }
 }
