@@ -18,7 +18,7 @@ use wire::session::StreamId;
 
 /// How often a capsule is looked at, in milliseconds.
 pub const SAMPLE_MS: u64 = 500;
-/// The disk is looked at once in so many samples: it changes slowly, and asking may be a call into the
+/// The disk is looked at once or twice in so many samples: it changes slowly, and asking may be a call into the
 /// device-mapper.
 const SAMPLES_PER_DISK: u64 = 10;
 /// The longest range that is told, in seconds.
@@ -31,7 +31,8 @@ impl Agent {
         self.ctx.timers.set(TimerKey::Sample, now_ms + SAMPLE_MS);
         let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis());
         let unix_ms = u64::try_from(unix_ms).unwrap_or(u64::MAX);
-        let with_disk = (now_ms / SAMPLE_MS).is_multiple_of(SAMPLES_PER_DISK);
+        // At least once in each period, though samples are a little more than their distance apart.
+        let with_disk = now_ms % (SAMPLE_MS * SAMPLES_PER_DISK) < 2 * SAMPLE_MS;
         for capsule in self.capsules.values_mut() {
             capsule.sample_usage(unix_ms, with_disk);
         }
