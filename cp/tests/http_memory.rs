@@ -10,7 +10,7 @@ use support::{read_response, resident_kib, start};
 use wrenn_cp::http::context::Context;
 use wrenn_cp::http::handler::Method::Get;
 use wrenn_cp::http::handler::{Flow, Request, Response, Route, Step};
-use wrenn_cp::http::limits::MAX_BUFFERED_BODIES;
+use wrenn_cp::http::limits::{MAX_BUFFERED_BODIES, MAX_CONNECTIONS};
 
 fn hello(_: Request, _: &Arc<Context>) -> Flow {
     Step::respond(Response::json(200, "hello"))
@@ -71,6 +71,28 @@ fn idle_connections_make_room_for_new_ones() {
     client.write_all(b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n").expect("sent");
     assert_eq!(read_response(&mut client).1, "\"hello\"");
     assert!(resident_kib() < before + 20_000, "{before} -> {} KiB", resident_kib());
+    drop(crowd);
+}
+
+#[test]
+fn requests_that_hardly_come_in_make_room_too() {
+    let _alone = ALONE.lock();
+    wire::reactor::sys::resources::raise_open_files().expect("a limit");
+    let server = start(ROUTES, Vec::new());
+    let crowd: Vec<TcpStream> = (0..MAX_CONNECTIONS + 100)
+        .map(|n| {
+            let mut client = server.connect();
+            let _ = client.write_all(b"G");
+            // No faster than they are accepted, so that the first is not given up when the last comes.
+            std::thread::sleep(Duration::from_millis(u64::from(n % 64 == 0)));
+            client
+        })
+        .collect();
+    for _ in 0..3 {
+        let mut client = server.connect();
+        client.write_all(b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n").expect("sent");
+        assert_eq!(read_response(&mut client).1, "\"hello\"");
+    }
     drop(crowd);
 }
 

@@ -18,7 +18,8 @@ fn wrong() -> Response {
     unauthorized("the e-mail address or the password is wrong")
 }
 
-fn refused(refusal: Refusal) -> Response {
+/// 429 for a password that is not looked at.
+pub(super) fn refused(refusal: Refusal) -> Response {
     match refusal {
         Refusal::Wait(seconds) => {
             let message = format!("too many failed logins; try again in {seconds} seconds");

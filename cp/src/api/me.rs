@@ -1,13 +1,14 @@
 //! `/v1/me`: one's own account.
 
 use super::fields::{Fields, invalid};
-use super::login::{auth_response, own_account};
+use super::login::{auth_response, own_account, refused};
 use super::principal::{Principal, unauthorized};
 use super::teams::end;
 use crate::audit::{self, Event};
+use crate::auth::limiter::Attempt;
 use crate::auth::password::{self, StoredPassword};
 use crate::db::teams::{self, Role};
-use crate::db::users;
+use crate::db::{Timestamp, users};
 use crate::http::context::Context;
 use crate::http::handler::{Flow, Request, Response, Step};
 use serde_json::json;
@@ -49,7 +50,8 @@ pub fn rename(request: Request, context: &Arc<Context>) -> Flow {
     })
 }
 
-/// `POST /v1/me/password`: another password. All tokens that were issued before are void afterwards.
+/// `POST /v1/me/password`: another password. All tokens that were issued before are void afterwards. Wrong
+/// passwords count as failed logins do.
 pub fn change_password(request: Request, context: &Arc<Context>) -> Flow {
     let context = Arc::clone(context);
     Step::database(move |db| {
@@ -67,13 +69,16 @@ pub fn change_password(request: Request, context: &Arc<Context>) -> Flow {
             }
             None => return Err(invalid("confirm_password is not the same as new_password")),
         };
+        let attempt =
+            Attempt::start(request.peer, &user.email, Timestamp::now().seconds()).map_err(refused)?;
         Step::compute(move || {
-            if let Some(stored) = &user.password
-                && !StoredPassword::parse(stored).is_some_and(|s| s.matches(&current))
-            {
-                return Err(unauthorized("current_password is wrong"));
-            }
-            let stored = StoredPassword::new(&new).to_text();
+            let is_right = user
+                .password
+                .as_ref()
+                .is_none_or(|stored| StoredPassword::parse(stored).is_some_and(|s| s.matches(&current)));
+            let stored = is_right.then(|| StoredPassword::new(&new).to_text());
+            attempt.finish(is_right);
+            let stored = stored.ok_or_else(|| unauthorized("current_password is wrong"))?;
             Step::database(move |db| {
                 db.transaction(|sql| Ok(users::set_password(sql, &user.id, &stored, true)?))?;
                 Step::respond(Response::no_content())

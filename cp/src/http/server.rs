@@ -287,7 +287,7 @@ impl Server {
     }
 
     fn on_accepted(&mut self, stream: TcpStream, peer: SocketAddr) {
-        if self.clients.len() >= MAX_CONNECTIONS && !self.evict_idle() {
+        if self.clients.len() >= MAX_CONNECTIONS && !self.make_room() {
             refuse(stream);
             return;
         }
@@ -303,10 +303,13 @@ impl Server {
         self.ready.insert(id);
     }
 
-    /// Closes the connection that has been idle for longest, to make room. False when none is idle.
-    fn evict_idle(&mut self) -> bool {
-        let idle = self.clients.iter().filter(|(_, c)| c.is_idle());
-        let Some(id) = idle.min_by_key(|(_, c)| c.deadline_ms()).map(|(id, _)| *id) else { return false };
+    /// Closes the connection that has been idle for longest, else the one whose request has been coming in
+    /// for longest, to make room: many that send nothing or hardly anything keep nobody out. False when
+    /// there is none.
+    fn make_room(&mut self) -> bool {
+        let asking = self.clients.iter().filter(|(_, c)| c.awaits_head());
+        let first = asking.min_by_key(|(_, c)| (!c.is_idle(), c.deadline_ms()));
+        let Some(id) = first.map(|(id, _)| *id) else { return false };
         self.remove_client(id);
         true
     }

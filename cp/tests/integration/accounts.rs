@@ -135,6 +135,19 @@ fn another_password_makes_old_tokens_void() {
 }
 
 #[test]
+fn the_present_password_is_not_guessed_with_a_token() {
+    let mut stage = Stage::new();
+    let bearer = stage.person("guessed@example.com");
+    let auth = ("authorization", bearer.as_str());
+    let guess = json!({"current_password": "a guess", "new_password": "another password"}).to_string();
+    let guesses = wrenn_cp::auth::limiter::ACCOUNT_FAILURES;
+    let mut ask = || stage.request(Post, "/v1/me/password", auth, &guess).status;
+    let answers: Vec<u16> = (0..=guesses).map(|_| ask()).collect();
+    assert!(answers[..guesses as usize].iter().all(|status| *status == 401), "{answers:?}");
+    assert_eq!(answers.last(), Some(&429));
+}
+
+#[test]
 fn a_name_is_changed() {
     let mut stage = Stage::new();
     let bearer = stage.person(ADMIN);

@@ -167,6 +167,11 @@ impl Client {
             && self.pending_output() == 0
     }
 
+    /// Whether there is no whole request on it, and no answer under way.
+    pub fn awaits_head(&self) -> bool {
+        matches!(self.state, State::First | State::Head) && self.pending_output() == 0
+    }
+
     /// Whether the peer has ended its direction or the connection is broken.
     pub fn is_gone(&self) -> bool {
         (self.input_ended && !self.is_tunnel()) || self.is_broken
