@@ -140,6 +140,9 @@ pub fn has_room(connections: usize, unproven: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use wire::auth::{ITERATIONS, Verifier};
+    use wire::message::Health;
+    use wire::session::Event;
 
     fn proven(now_ms: u64) -> WireClient {
         let mut client = WireClient::new([1; NONCE_LEN], now_ms);
@@ -167,6 +170,36 @@ mod tests {
         let mut client = WireClient::new([1; NONCE_LEN], 0);
         client.on_rechecked(Some(Error::new(Code::Unavailable, "the database is away")), 1);
         assert!(client.session.is_closed());
+    }
+
+    #[test]
+    fn what_a_host_resets_is_reset_to_the_client() {
+        let mut client = Session::client("key-1", b"secret", "test", [1; NONCE_LEN], LIMITS, 0);
+        let mut server = WireClient::new([2; NONCE_LEN], 0);
+        let carry = |client: &mut Session, server: &mut WireClient| {
+            for _ in 0..5 {
+                server.session.receive(client.output(), 0);
+                client.consume_output(client.output().len());
+                client.receive(server.session.output(), 0);
+                server.session.consume_output(server.session.output().len());
+                if let Some(Event::Authenticate { .. }) = server.session.poll_event() {
+                    let verifier = Verifier::new(b"secret", &[3; 16], ITERATIONS);
+                    server.session.provide_verifier(Some(verifier), &[0; 32]);
+                }
+            }
+        };
+        carry(&mut client, &mut server);
+        let stream = client.open(&Health {}, false).expect("ready");
+        carry(&mut client, &mut server);
+        let (inward, outward) = (Pipe::default(), Pipe::default());
+        let spliced = Spliced { task: 1, call: Some(2), is_open: true, inward, outward };
+        server.streams.insert(stream, StreamUse::Spliced(Box::new(spliced)));
+        server.reset(stream, Code::NotFound as u16, "gone");
+        carry(&mut client, &mut server);
+        let events: Vec<Event> = std::iter::from_fn(|| client.poll_event()).collect();
+        let reset = Event::Reset { stream, code: Code::NotFound as u16, reason: "gone".into() };
+        assert_eq!(events.last(), Some(&reset), "{events:?}");
+        assert!(server.streams.is_empty() && !server.session.has_stream(stream));
     }
 
     #[test]
