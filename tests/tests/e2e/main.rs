@@ -7,7 +7,7 @@
 mod api;
 mod capsule;
 mod faults;
-mod network;
+mod lifecycle;
 mod sdk;
 mod wire;
 
@@ -40,7 +40,7 @@ type Test = (&'static str, fn(&mut Context) -> Result<Outcome>);
 
 /// In this order: the cheap ones first, those that take parts of the stack down last.
 fn tests() -> Vec<Test> {
-    [api::TESTS, capsule::TESTS, network::TESTS, wire::TESTS, sdk::TESTS, faults::TESTS].concat()
+    [api::TESTS, capsule::TESTS, lifecycle::TESTS, wire::TESTS, sdk::TESTS, faults::TESTS].concat()
 }
 
 /// Fails the test with a message unless the condition holds.
