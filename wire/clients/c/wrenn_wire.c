@@ -760,8 +760,16 @@ static const char *on_stream_frame(struct wrenn_client *c, const struct wrenn_he
     uint32_t cost = h->length ? h->length + FRAME_CHARGE : 0;
     struct stream *s = find(c, h->stream);
     const char *error = NULL;
+    int plenty;
     if (h->length == 0 && !(h->type == DATA && h->fin)) return "unexpected";
+    plenty = c->left >= CONNECTION_WINDOW / 2;
     if ((c->left -= cost) < 0) return "credit_exceeded";
+    if (plenty && c->left < CONNECTION_WINDOW / 2) {
+        /* The peer lets a stream hold little from here on: what it is owed must not hold it back. */
+        for (int i = 0; i < MAX_STREAMS; i++)
+            if (c->streams[i].id) release(c, c->streams[i].id, 0);
+        release(c, 0, 0);
+    }
     if (h->type == OPEN) {
         static const uint8_t unimplemented[6] = {0, 11, 0, 0, 0, 0};
         if (h->stream % 2 || h->stream <= c->last_peer_stream) return "unexpected";

@@ -492,9 +492,14 @@ class Session:
         if not payload and not (frame_type == DATA and flags & FIN):
             raise SessionError("unexpected", "empty frame")
         cost = len(payload) + FRAME_CHARGE if payload else 0
+        plenty = self.left >= CONNECTION_WINDOW // 2
         self.left -= cost
         if self.left < 0:
             raise SessionError("credit_exceeded")
+        if plenty and self.left < CONNECTION_WINDOW // 2:
+            # The peer lets a stream hold little from here on: what it is owed must not hold it back.
+            for number in [0, *self.streams]:
+                self.release(number, 0)
         if frame_type == OPEN:
             if stream % 2 or stream <= self.last_peer_stream:
                 raise SessionError("unexpected", "stream number")

@@ -186,7 +186,12 @@ impl Session {
         if payload.is_empty() && !(header.frame_type == FrameType::Data && header.fin) {
             return Err(SessionError::Unexpected("empty frame"));
         }
-        self.recv_left = self.recv_left.checked_sub(cost).ok_or(SessionError::CreditExceeded)?;
+        let left = self.recv_left.checked_sub(cost).ok_or(SessionError::CreditExceeded)?;
+        let half = u64::from(self.limits.connection_window) / 2;
+        let was_plenty = core::mem::replace(&mut self.recv_left, left) >= half;
+        if was_plenty && left < half {
+            self.return_all();
+        }
         // Bounded by MAX_PAYLOAD + FRAME_CHARGE.
         let cost = cost as u32;
         if header.frame_type == FrameType::Open {

@@ -186,6 +186,29 @@ impl Session {
         }
     }
 
+    /// Gives back whatever is owed. The connection's credit has just become scarce for the peer, which from
+    /// here on lets a stream hold little: what a stream was owed before could hold back its last message
+    /// for ever, if nothing more of it is dealt with.
+    pub(super) fn return_all(&mut self) {
+        let owed: Vec<(StreamId, u64)> = self
+            .streams
+            .iter_mut()
+            .filter(|(_, s)| s.unreturned > 0 && !s.fin_received)
+            .map(|(id, s)| {
+                s.recv_left += s.unreturned;
+                (*id, core::mem::take(&mut s.unreturned))
+            })
+            .collect();
+        for (stream, amount) in owed {
+            self.write_credit(stream, amount);
+        }
+        if self.unreturned > 0 {
+            let amount = core::mem::take(&mut self.unreturned);
+            self.recv_left += amount;
+            self.write_credit(0, amount);
+        }
+    }
+
     pub(super) fn write_credit(&mut self, stream: StreamId, amount: u64) {
         // A window is at most MAX_WINDOW, and no more than a window is ever given back at once.
         let amount = u32::try_from(amount).unwrap_or(MAX_WINDOW);

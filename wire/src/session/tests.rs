@@ -313,3 +313,40 @@ fn streams_take_turns_when_messages_wait() {
     assert_eq!(order.len(), 16);
     assert!(order.chunks(4).all(|turn| streams.iter().all(|s| turn.contains(s))), "{order:?}");
 }
+
+#[test]
+fn what_a_stream_was_owed_before_does_not_hold_back_its_last_message() {
+    let mut pair = Pair::ready();
+    let streams: Vec<StreamId> =
+        (0..60).map(|_| pair.client.open(&Health {}, false).expect("open")).collect();
+    pair.run();
+    let first = streams[0];
+    assert_eq!(pair.server.send_data(first, 1, &[7; 9_000]), Ok(9_000));
+    pair.run();
+    for event in core::mem::take(&mut pair.client_events) {
+        if let Event::Data { stream, cost, .. } = event {
+            // Little enough, and with room enough, not to be given back at once.
+            pair.client.release(stream, cost);
+        }
+    }
+    // The others take what there is, and nobody reads them.
+    for stream in &streams[1..] {
+        let mut left = 300_000;
+        while left > 0 {
+            let taken = pair.server.send_data(*stream, 1, &vec![0; left.min(8_000)]).expect("open");
+            left -= taken;
+            pair.run();
+            if taken == 0 {
+                break;
+            }
+        }
+    }
+    pair.client_events.clear();
+    pair.server.send_last(first, &Done {}).expect("queued");
+    pair.run();
+    assert!(
+        matches!(&pair.client_events[..], [Event::Message { stream, .. }, Event::Finished { .. }] if *stream == first),
+        "{:?}",
+        pair.client_events
+    );
+}
