@@ -6,8 +6,10 @@
 
 mod api;
 mod capsule;
+mod edge;
 mod faults;
 mod lifecycle;
+mod network;
 mod sdk;
 mod wire;
 
@@ -40,7 +42,17 @@ type Test = (&'static str, fn(&mut Context) -> Result<Outcome>);
 
 /// In this order: the cheap ones first, those that take parts of the stack down last.
 fn tests() -> Vec<Test> {
-    [api::TESTS, capsule::TESTS, lifecycle::TESTS, wire::TESTS, sdk::TESTS, faults::TESTS].concat()
+    [
+        api::TESTS,
+        capsule::TESTS,
+        network::TESTS,
+        lifecycle::TESTS,
+        wire::TESTS,
+        sdk::TESTS,
+        edge::TESTS,
+        faults::TESTS,
+    ]
+    .concat()
 }
 
 /// Fails the test with a message unless the condition holds.
