@@ -20,7 +20,7 @@ use wire::message::{Description, descriptions, recode};
 
 /// Version 1: how many lines of each file are frozen, and the SHA-256 of those lines.
 const FROZEN: [(&str, usize, &str); 3] = [
-    ("messages.json", 0, "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"),
+    ("messages.json", 412, "85d7aaf8956bcf77ad45f237481d63cecf3ff4e8abd201873e6fa9d14d34b2f6"),
     ("frames.json", 38, "f788c5e83da0c46750d9607c14bbd6bf958c75280c6eae8a1de2ea80aacb04ce"),
     ("handshake.json", 67, "bb6e4c45a712c2f9a272c2619ab17aa24b78744eb46ff10bbb7559c62573db1b"),
 ];

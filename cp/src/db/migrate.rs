@@ -41,6 +41,7 @@ migrations! {
     4 "audit" "0004_audit.sql",
     5 "network" "0005_network.sql",
     6 "snapshots" "0006_snapshots.sql",
+    7 "api keys by prefix" "0007_api_keys_by_prefix.sql",
 }
 
 /// Why the database was not migrated.
