@@ -1,14 +1,15 @@
 //! Capsules as a real host runs them: guests in KVM, disks by device-mapper, through the agent as a program.
 
 use crate::Case;
-use crate::common::{Agent, Place, creation};
+use crate::common::{Agent, Client, Place, creation};
 use crate::disks::device_names;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 use std::time::Instant;
 use wire::message::{
-    CapsuleCreate, CapsuleInfo, CapsulePause, CapsuleResume, CapsuleState, HostStatus, HostStatusReply,
+    CapsuleCreate, CapsuleInfo, CapsulePause, CapsuleResume, CapsuleSnapshot, CapsuleState, Done, HostStatus,
+    HostStatusReply, SnapshotDelete, SnapshotInfo,
 };
 use wrenn_agent::sys::dm::Control;
 
@@ -53,9 +54,10 @@ fn a_capsule_runs_until_its_agent_is_killed(_: &Path) {
     println!("  {}: created in {created:?}, first exec after {:?}", status.vmm, began.elapsed());
     assert_eq!(device_names(), ["wrenn-cl-one"]);
     assert_eq!(info.disk_size_mb, 2_048);
-    // More than the image has room for.
+    let ran = cp.exec("cl-one", &["cat", "/sys/block/vda/size"]).expect("ran");
+    assert_eq!(ran.stdout, b"4194304\n", "in sectors");
     let script =
-        "set -e; head -c 80000000 /dev/zero >/tmp/data; sync; head -c 80000000 /dev/zero | cmp - /tmp/data";
+        "set -e; head -c 8000000 /dev/zero >/tmp/data; sync; head -c 8000000 /dev/zero | cmp - /tmp/data";
     let ran = cp.exec("cl-one", &["/bin/sh", "-c", script]).expect("ran");
     assert_eq!(ran.exit_code, 0, "{}", String::from_utf8_lossy(&ran.stderr));
     agent.child.kill().expect("killed");
@@ -66,6 +68,23 @@ fn a_capsule_runs_until_its_agent_is_killed(_: &Path) {
     assert!(agent.terminate().success());
 }
 
+/// A capsule that goes on where `cl-kept` is, on a disk whose base is the other's, flattened.
+fn start_from_a_snapshot(cp: &mut Client) {
+    let order = CapsuleSnapshot { capsule_id: "cl-kept".into(), name: "warm".into(), overwrite: false };
+    let began = Instant::now();
+    let info: SnapshotInfo = cp.ask(&order).expect("made");
+    println!("  snapshot of {} MiB made in {:?}", info.size_bytes >> 20, began.elapsed());
+    let began = Instant::now();
+    let request = CapsuleCreate { template: "warm".into(), ..slow("cl-copy") };
+    let _: CapsuleInfo = cp.ask(&request).expect("started");
+    let ran = cp.exec("cl-copy", &["cat", "/dev/shm/file", "/tmp/file"]).expect("ran");
+    println!("  first exec in its copy after {:?}", began.elapsed());
+    assert_eq!(String::from_utf8_lossy(&ran.stdout), "in memory\non disk\n");
+    assert_eq!(cp.exec("cl-copy", &["rm", "/tmp/file"]).expect("ran").exit_code, 0);
+    let Done {} = cp.ask(&SnapshotDelete { name: "warm".into() }).expect("deleted");
+    cp.destroy("cl-copy").expect("destroyed");
+}
+
 fn a_paused_capsule_survives_a_reboot(_: &Path) {
     let Some(guest) = guest() else { return };
     let place = Place::with_guest(22, &guest);
@@ -74,6 +93,7 @@ fn a_paused_capsule_survives_a_reboot(_: &Path) {
     let _: CapsuleInfo = cp.ask(&slow("cl-kept")).expect("created");
     let script = "echo in memory >/dev/shm/file; echo on disk >/tmp/file";
     assert_eq!(cp.exec("cl-kept", &["/bin/sh", "-c", script]).expect("ran").exit_code, 0);
+    start_from_a_snapshot(&mut cp);
     let began = Instant::now();
     let paused: CapsuleInfo = cp.ask(&CapsulePause { capsule_id: "cl-kept".into() }).expect("paused");
     println!("  paused in {:?}", began.elapsed());
