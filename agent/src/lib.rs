@@ -32,4 +32,5 @@ pub mod snapshots;
 pub mod startup;
 pub mod sys;
 pub mod vmm;
+mod whole_file;
 pub mod worker;

@@ -4,10 +4,10 @@
 //! worker.
 
 use crate::cp_client::{self, CallError, HostFacts};
+use crate::whole_file;
 use serde::{Deserialize, Serialize};
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 use wire::auth::Verifier;
@@ -108,21 +108,9 @@ impl Credentials {
     /// Saves the credentials, readable by root only, whole or not at all. Blocks until they are on disk.
     pub fn save(&self, path: &Path) -> Result<(), CredentialsError> {
         let io = |step, source| CredentialsError::Io { step, path: path.to_path_buf(), source };
-        let new = path.with_extension("new");
-        let write = || -> io::Result<()> {
-            // A leftover could have another mode.
-            match fs::remove_file(&new) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                _ => {}
-            }
-            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
-            file.write_all(&serde_json::to_vec_pretty(self)?)?;
-            file.write_all(b"\n")?;
-            file.sync_all()?;
-            fs::rename(&new, path)?;
-            File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
-        };
-        write().map_err(|e| io("save", e))
+        let mut text = serde_json::to_vec_pretty(self).map_err(|e| io("save", e.into()))?;
+        text.push(b'\n');
+        whole_file::replace(path, &text, 0o600).map_err(|e| io("save", e))
     }
 
     /// The control plane's verifier; `None` when it is not one.

@@ -9,35 +9,10 @@ use serde_json::{Map, Value};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use wire::message::CapsuleNetwork;
+use wire::network::{MAX_KBIT, MAX_PACKETS, MAX_RULES, MIN_KBIT, NOT_INTERNET, network_of};
 
-/// The most rules of a list, an entry with several ports counted as several.
-pub const MAX_RULES: usize = 64;
-/// The most of a kind in a second that a limit may be.
-const MAX_RATE: u32 = 100_000_000;
-/// The least kilobits a second of a limit: less would hardly carry a packet.
-const MIN_KBIT: u32 = 16;
 /// The longest part of a bad value that is told back, in characters.
 const MAX_SHOWN: usize = 60;
-
-/// Networks that no capsule reaches; an allow rule for a part of one could only mislead. As the host agent
-/// has them: IANA's special-purpose addresses (RFC 6890 and updates), and multicast.
-const NEVER: [(Ipv4Addr, u8); 15] = [
-    (Ipv4Addr::new(0, 0, 0, 0), 8),
-    (Ipv4Addr::new(10, 0, 0, 0), 8),
-    (Ipv4Addr::new(100, 64, 0, 0), 10),
-    (Ipv4Addr::new(127, 0, 0, 0), 8),
-    (Ipv4Addr::new(169, 254, 0, 0), 16),
-    (Ipv4Addr::new(172, 16, 0, 0), 12),
-    (Ipv4Addr::new(192, 0, 0, 0), 24),
-    (Ipv4Addr::new(192, 0, 2, 0), 24),
-    (Ipv4Addr::new(192, 88, 99, 0), 24),
-    (Ipv4Addr::new(192, 168, 0, 0), 16),
-    (Ipv4Addr::new(198, 18, 0, 0), 15),
-    (Ipv4Addr::new(198, 51, 100, 0), 24),
-    (Ipv4Addr::new(203, 0, 113, 0), 24),
-    (Ipv4Addr::new(224, 0, 0, 0), 4),
-    (Ipv4Addr::new(240, 0, 0, 0), 4),
-];
 
 /// What a capsule may reach.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -162,11 +137,11 @@ impl Limits {
             return bad(path, format!("must be an object, not {}", shown(value)));
         };
         for (name, value) in fields {
-            let (limit, min) = match name.as_str() {
-                "egress_kbit" => (&mut self.egress_kbit, MIN_KBIT),
-                "ingress_kbit" => (&mut self.ingress_kbit, MIN_KBIT),
-                "egress_packets" => (&mut self.egress_packets, 1),
-                "ingress_packets" => (&mut self.ingress_packets, 1),
+            let (limit, min, max) = match name.as_str() {
+                "egress_kbit" => (&mut self.egress_kbit, MIN_KBIT, MAX_KBIT),
+                "ingress_kbit" => (&mut self.ingress_kbit, MIN_KBIT, MAX_KBIT),
+                "egress_packets" => (&mut self.egress_packets, 1, MAX_PACKETS),
+                "ingress_packets" => (&mut self.ingress_packets, 1, MAX_PACKETS),
                 _ => {
                     let known = "egress_kbit, egress_packets, ingress_kbit, ingress_packets";
                     return bad(&format!("{path}.{name}"), format!("is not known; there are {known}"));
@@ -176,10 +151,10 @@ impl Limits {
                 continue;
             }
             let number = value.as_u64().and_then(|n| u32::try_from(n).ok());
-            match number.filter(|n| *n == 0 || (min..=MAX_RATE).contains(n)) {
+            match number.filter(|n| *n == 0 || (min..=max).contains(n)) {
                 Some(number) => *limit = number,
                 None => {
-                    let range = format!("an integer from {min} to {MAX_RATE}, or 0 for no limit");
+                    let range = format!("an integer from {min} to {max}, or 0 for no limit");
                     return bad(&format!("{path}.{name}"), format!("must be {range}, not {}", shown(value)));
                 }
             }
@@ -219,8 +194,10 @@ fn rule(path: &str, value: &Value, is_allow: bool) -> Result<Vec<Rule>, BadNetwo
         None => (Ipv4Addr::UNSPECIFIED, 0),
         Some(value) => cidr(&format!("{path}.cidr"), value)?,
     };
-    let never =
-        NEVER.iter().find(|(network, length)| prefix >= *length && mask(address, *length) == *network);
+    // An allow rule for a part of one could only mislead.
+    let never = NOT_INTERNET
+        .iter()
+        .find(|(network, length)| prefix >= *length && network_of(address, *length) == *network);
     if let (true, Some((network, length))) = (is_allow, never) {
         let why = format!(
             "lies in {network}/{length}, which is not public: no capsule reaches it, so it cannot be allowed"
@@ -265,7 +242,7 @@ fn cidr(path: &str, value: &Value) -> Result<(Ipv4Addr, u8), BadNetwork> {
     match (address.parse::<IpAddr>(), prefix.filter(|p| *p <= 32)) {
         (Ok(IpAddr::V6(_)), _) => bad(path, format!("{wanted}; capsules have no IPv6: {}", shown(value))),
         (Ok(IpAddr::V4(address)), Some(prefix)) => {
-            let network = mask(address, prefix);
+            let network = network_of(address, prefix);
             if network == address {
                 return Ok((address, prefix));
             }
@@ -278,11 +255,6 @@ fn cidr(path: &str, value: &Value) -> Result<(Ipv4Addr, u8), BadNetwork> {
         }
         _ => bad(path, format!("{wanted}, not {}", shown(value))),
     }
-}
-
-fn mask(address: Ipv4Addr, prefix: u8) -> Ipv4Addr {
-    let bits = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0);
-    Ipv4Addr::from_bits(address.to_bits() & bits)
 }
 
 /// `PORT` or `FIRST-LAST`, each 1 to 65,535.

@@ -54,3 +54,10 @@ impl<T, E: fmt::Display> Context<T> for std::result::Result<T, E> {
         self.map_err(|e| Failure(format!("{step}: {e}")))
     }
 }
+
+/// The value below which `part` (0 to 1) of the samples lie.
+pub fn percentile(samples: &mut [std::time::Duration], part: f64) -> std::time::Duration {
+    samples.sort_unstable();
+    let at = (samples.len() as f64 * part) as usize;
+    samples.get(at.min(samples.len().saturating_sub(1))).copied().unwrap_or_default()
+}

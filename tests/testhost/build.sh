@@ -94,7 +94,7 @@ install -m 0755 "$here/init" "$tree/init"
     cpio --quiet --create --format=newc --owner=0:0) | gzip -1 >"$scratch/initramfs.img"
 
 root=$scratch/root
-mkdir -p "$root"/{bin,dev,etc,proc,run,sys,tmp,usr/bin,usr/sbin,var/tmp,work}
+mkdir -p "$root"/{bin,dev,etc,proc,run,sys,tmp,usr/bin,usr/sbin,var/tmp,testhost}
 for program in "${PROGRAMS[@]}"; do
     copy_with_libraries "$(command -v "$program")" "$root" "usr/bin/$program"
     ln -sf "/usr/bin/$program" "$root/bin/$program"

@@ -34,6 +34,7 @@ pub mod frame;
 pub mod http1;
 pub mod limiter;
 pub mod message;
+pub mod network;
 #[cfg(feature = "reactor")]
 pub mod reactor;
 pub mod session;

@@ -7,10 +7,11 @@
 use super::spec::Spec;
 use crate::net::slot::Slot;
 use crate::vmm::Image;
+use crate::whole_file;
 use serde::{Deserialize, Serialize};
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use wire::base64;
 use wire::codec::Bytes;
@@ -20,7 +21,6 @@ pub const VERSION: u32 = 2;
 /// The longest record that is read, in bytes: the environment in base64 is most of it.
 pub const MAX_RECORD_BYTES: u64 = 262_144;
 const FILE_NAME: &str = "record.json";
-const NEW_FILE_NAME: &str = "record.json.new";
 
 /// A process, told apart from a later one with the same number by its start time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,26 +139,15 @@ impl Record {
 
     /// Replaces the record in the capsule's directory. Blocks until it is on disk.
     pub fn write(&self, directory: &Path) -> io::Result<()> {
-        let new = directory.join(NEW_FILE_NAME);
-        let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&new)?;
-        file.write_all(&serde_json::to_vec(self)?)?;
-        file.sync_data()?;
-        fs::rename(&new, directory.join(FILE_NAME))?;
-        File::open(directory)?.sync_all()
+        whole_file::replace(&directory.join(FILE_NAME), &serde_json::to_vec(self)?, 0o600)
     }
 
     /// The record in a capsule's directory; `None` when there is none yet. Blocks.
     pub fn read(directory: &Path) -> io::Result<Option<Record>> {
-        let path = directory.join(FILE_NAME);
-        match fs::metadata(&path) {
-            Ok(m) if m.len() > MAX_RECORD_BYTES => {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, "the record is too long"));
-            }
-            Ok(_) => {}
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(e),
-        }
-        let record: Record = serde_json::from_slice(&fs::read(&path)?)?;
+        let Some(text) = whole_file::read(&directory.join(FILE_NAME), MAX_RECORD_BYTES, "record")? else {
+            return Ok(None);
+        };
+        let record: Record = serde_json::from_slice(&text)?;
         if !(1..=VERSION).contains(&record.version) {
             let text = format!("the record has version {}, this agent knows 1 to {VERSION}", record.version);
             return Err(io::Error::new(io::ErrorKind::InvalidData, text));

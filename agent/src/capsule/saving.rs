@@ -162,8 +162,7 @@ impl Capsule {
             Err(e) => Event::SnapshotFailed(Failure::Save(e.to_string())),
         };
         self.set_clock_again();
-        self.pump_machine();
-        self.reap(ctx).into_iter().chain([event]).collect()
+        self.look_at_machine(ctx, event)
     }
 
     pub(super) fn on_saved(&mut self, ctx: &mut Context, report: SaveReport) -> Vec<Event> {
@@ -182,7 +181,11 @@ impl Capsule {
                 Event::SaveFailed(Failure::Save(e.to_string()))
             }
         };
-        // Its end may have come while nobody looked.
+        self.look_at_machine(ctx, event)
+    }
+
+    /// The machine is back: its end may have come while nobody looked, and goes before what was done with it.
+    fn look_at_machine(&mut self, ctx: &mut Context, event: Event) -> Vec<Event> {
         self.pump_machine();
         self.reap(ctx).into_iter().chain([event]).collect()
     }

@@ -51,6 +51,13 @@ pub(super) fn write(
     }
 }
 
+/// `length` bytes in pieces of at most [`COPY_BYTES`]: where each begins, and how long it is.
+fn pieces(length: u64) -> impl Iterator<Item = (u64, usize)> {
+    (0..length)
+        .step_by(COPY_BYTES)
+        .map(move |at| (at, usize::try_from(length - at).unwrap_or(COPY_BYTES).min(COPY_BYTES)))
+}
+
 impl SparseWriter<'_> {
     /// Copies `length` bytes of `source` at `from` to the image at `at`, but for what is zero.
     pub fn copy(
@@ -61,9 +68,7 @@ impl SparseWriter<'_> {
         at: u64,
         length: u64,
     ) -> Result<(), DiskError> {
-        let mut done = 0;
-        while done < length {
-            let count = usize::try_from(length - done).unwrap_or(COPY_BYTES).min(COPY_BYTES);
+        for (done, count) in pieces(length) {
             let part = &mut self.buffer[..count];
             source.read_exact_at(part, from + done).map_err(DiskError::system("reading", source_path))?;
             let mut offset = at + done;
@@ -74,7 +79,6 @@ impl SparseWriter<'_> {
                 }
                 offset += block.len() as u64;
             }
-            done += count as u64;
         }
         Ok(())
     }
@@ -102,14 +106,11 @@ impl SparseWriter<'_> {
 
     /// Makes `length` bytes at `at` zero again.
     pub fn zero(&mut self, at: u64, length: u64) -> Result<(), DiskError> {
-        let mut done = 0;
         self.buffer.fill(0);
-        while done < length {
-            let count = usize::try_from(length - done).unwrap_or(COPY_BYTES).min(COPY_BYTES);
+        for (done, count) in pieces(length) {
             self.file
                 .write_all_at(&self.buffer[..count], at + done)
                 .map_err(DiskError::system("writing", self.path))?;
-            done += count as u64;
         }
         Ok(())
     }

@@ -28,6 +28,7 @@ use std::fmt;
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::process::{Command, Stdio};
+use wire::network::NOT_INTERNET;
 
 /// The table's name, in the host's namespace (family `inet`) and in each capsule's (`netdev` and `ip`).
 pub const TABLE: &str = "wrenn";
@@ -50,25 +51,10 @@ const MIN_BURST_BYTES: u64 = 65_536;
 const MIN_BURST_PACKETS: u32 = 5;
 const BYTES_PER_KBIT: u64 = 125;
 
-/// What an internet-enabled guest still may not reach: everything that is not the public internet. From
-/// IANA's special-purpose address registry (RFC 6890 and updates), and multicast.
-pub const NOT_INTERNET: [&str; 15] = [
-    "0.0.0.0/8",
-    "10.0.0.0/8",
-    "100.64.0.0/10",
-    "127.0.0.0/8",
-    "169.254.0.0/16",
-    "172.16.0.0/12",
-    "192.0.0.0/24",
-    "192.0.2.0/24",
-    "192.88.99.0/24",
-    "192.168.0.0/16",
-    "198.18.0.0/15",
-    "198.51.100.0/24",
-    "203.0.113.0/24",
-    "224.0.0.0/4",
-    "240.0.0.0/4",
-];
+/// What an internet-enabled guest still may not reach, as elements of a set of nft's.
+fn not_internet() -> String {
+    NOT_INTERNET.map(|(address, prefix)| format!("{address}/{prefix}")).join(", ")
+}
 
 /// Why rules are not in place.
 #[derive(Debug)]
@@ -196,7 +182,7 @@ fn policy_rules(rules: &mut Rules, policy: &Policy) {
     rules.rule("pass", format_args!("iifname \"{tap}\" goto egress"));
     rules.rule("pass", format_args!("iifname \"{link}\" goto ingress"));
     rules.line(format_args!("add chain ip {TABLE} judge"));
-    let never = NOT_INTERNET.join(", ");
+    let never = not_internet();
     rules.rule("judge", format_args!("ct original ip daddr {{ {never} }} return"));
     // Nothing rewrites the guest's destinations; were that to change, they would still be looked at.
     rules.rule("judge", format_args!("iifname \"{tap}\" ip daddr {{ {never} }} return"));
@@ -273,7 +259,7 @@ fn nat_rules(rules: &mut Rules, slot: Slot, policy: &Policy) {
 /// The rules of the host itself. Loading them again replaces them and keeps the set of links.
 pub fn host_rules() -> String {
     let ours = format!("\"{HOST_LINK_PREFIX}*\"");
-    let denied = NOT_INTERNET.join(", ");
+    let denied = not_internet();
     // Before the usual priority: another table that accepts does not undo a drop, and ours comes first.
     let priority = "priority filter - 10; policy accept;";
     let mut text = format!(
@@ -416,8 +402,8 @@ mod tests {
         let line = rules(true);
         let line = line.lines().find(|l| l.contains("judge ct original ip daddr")).unwrap_or_default();
         assert!(line.ends_with(" return"), "{line}");
-        for network in NOT_INTERNET {
-            assert!(line.contains(network), "{network}");
+        for (address, prefix) in NOT_INTERNET {
+            assert!(line.contains(&format!("{address}/{prefix}")), "{address}/{prefix}");
         }
         assert!(host_rules().contains("iifname @internet ip daddr != { 0.0.0.0/8, 10.0.0.0/8,"));
     }
@@ -503,7 +489,7 @@ mod tests {
 
     #[test]
     fn the_largest_policy_is_one_transaction() {
-        use super::super::policy::{MAX_KBIT, MAX_PACKETS, MAX_RULES};
+        use wire::network::{MAX_KBIT, MAX_PACKETS, MAX_RULES};
         let rule: Rule = "any 123.123.123.123/32 10000-65535".parse().expect("a rule");
         let limit = Limit { kbit: MAX_KBIT, packets: MAX_PACKETS };
         let policy = Policy {

@@ -1,32 +1,22 @@
 //! What a capsule's guest may reach of the internet, and how much: as the control plane sends it, as the
 //! capsule's directory keeps it, checked.
 //!
-//! A destination that is not the public internet ([`super::firewall::NOT_INTERNET`]) is never reached, and
+//! A destination that is not the public internet ([`wire::network::NOT_INTERNET`]) is never reached, and
 //! no rule changes that. For the rest a deny rule that matches decides first, then an allow rule, and then
 //! [`Policy::allow_internet`].
 
+use crate::whole_file;
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::net::Ipv4Addr;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::str::FromStr;
 use wire::message::CapsuleNetwork as Order;
-
-/// The most rules of each list.
-pub const MAX_RULES: usize = 64;
-/// The most kilobits a second that a limit may be; where there is more, there need be no limit.
-pub const MAX_KBIT: u32 = 100_000_000;
-/// The most packets a second that a limit may be.
-pub const MAX_PACKETS: u32 = 100_000_000;
-/// The least kilobits a second: less would not carry a packet a second.
-pub const MIN_KBIT: u32 = 16;
+use wire::network::{MAX_KBIT, MAX_PACKETS, MAX_RULES, MIN_KBIT, network_of};
 
 /// Name of the file in a capsule's directory.
 const FILE_NAME: &str = "network.json";
-const NEW_FILE_NAME: &str = "network.json.new";
 /// The longest file that is read, in bytes.
 const MAX_FILE_BYTES: u64 = 65_536;
 
@@ -185,12 +175,7 @@ impl Policy {
 
     /// Writes it into a capsule's directory. Blocks until it is on disk.
     pub fn save(&self, directory: &Path) -> io::Result<()> {
-        let new = directory.join(NEW_FILE_NAME);
-        let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&new)?;
-        file.write_all(&serde_json::to_vec(self)?)?;
-        file.sync_data()?;
-        fs::rename(&new, directory.join(FILE_NAME))?;
-        File::open(directory)?.sync_all()
+        whole_file::replace(&directory.join(FILE_NAME), &serde_json::to_vec(self)?, 0o600)
     }
 
     /// The policy in a capsule's directory; this one, which is then written there, where there is none yet.
@@ -207,15 +192,8 @@ impl Policy {
     /// # Errors
     /// It cannot be read; then nobody knows what was allowed, and nothing should be.
     pub fn load(directory: &Path) -> io::Result<Option<Policy>> {
-        let path = directory.join(FILE_NAME);
-        match fs::metadata(&path) {
-            Ok(m) if m.len() > MAX_FILE_BYTES => {
-                Err(io::Error::new(io::ErrorKind::InvalidData, "the network policy is too long"))
-            }
-            Ok(_) => Ok(Some(serde_json::from_slice(&fs::read(&path)?)?)),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(e),
-        }
+        let text = whole_file::read(&directory.join(FILE_NAME), MAX_FILE_BYTES, "network policy")?;
+        Ok(text.map(|text| serde_json::from_slice(&text)).transpose()?)
     }
 }
 
@@ -247,7 +225,7 @@ impl FromStr for Rule {
         let address: Ipv4Addr = address.parse().map_err(|_| bad("its address is not an IPv4 address"))?;
         let prefix = number(prefix).and_then(|p| u8::try_from(p).ok()).filter(|p| *p <= 32);
         let prefix = prefix.ok_or_else(|| bad("its prefix is not 0 to 32"))?;
-        if address.to_bits() & !mask(prefix) != 0 {
+        if network_of(address, prefix) != address {
             return Err(bad("its address has bits beyond the prefix"));
         }
         let ports = match words.next() {
@@ -270,11 +248,6 @@ impl FromStr for Rule {
 fn number(text: &str) -> Option<u16> {
     let number: u16 = text.parse().ok()?;
     (number.to_string() == text).then_some(number)
-}
-
-/// The bits of an address that a prefix covers.
-fn mask(prefix: u8) -> u32 {
-    u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0)
 }
 
 impl fmt::Display for Rule {
@@ -305,6 +278,7 @@ impl From<Rule> for String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn rules_are_read_as_they_are_written() {

@@ -21,7 +21,7 @@ pub const CASES: &[Case] = &[
 /// Where the test host has what was put there for it; `None` when it got no guest.
 fn guest() -> Option<PathBuf> {
     static PLACED: Once = Once::new();
-    let guest = PathBuf::from("/work/guest");
+    let guest = PathBuf::from("/testhost/guest");
     if !guest.is_dir() {
         println!("  SKIPPED: no guest was given");
         return None;
@@ -30,7 +30,7 @@ fn guest() -> Option<PathBuf> {
     PLACED.call_once(|| {
         let agent = Path::new(env!("CARGO_BIN_EXE_wrenn-agent"));
         fs::create_dir_all(agent.parent().expect("a directory")).expect("made");
-        std::os::unix::fs::symlink("/work/wrenn-agent", agent).expect("linked");
+        std::os::unix::fs::symlink("/testhost/wrenn-agent", agent).expect("linked");
     });
     Some(guest)
 }

@@ -271,11 +271,8 @@ impl Server {
     pub(super) fn answer_caller(&mut self, caller: &Caller, response: &Response) {
         match caller.stream {
             Some(stream) => {
-                if let Some(spliced) = self.wire(caller.client).and_then(|w| w.spliced(stream)) {
-                    let owed = spliced.inward.owed();
-                    if let Some(wire) = self.wire(caller.client) {
-                        wire.session.release(stream, owed);
-                    }
+                if let Some(wire) = self.wire(caller.client) {
+                    wire.unsplice(stream);
                 }
                 self.answer_stream(caller.client, stream, requests::answer(caller.shape, response));
             }
@@ -360,8 +357,7 @@ impl Server {
     /// The host's side is over: what it sent before still goes to the client, then why.
     fn fail_splice(&mut self, client_id: u64, stream: StreamId, error: HostError) {
         let Some(wire) = self.wire(client_id) else { return };
-        let Some(StreamUse::Spliced(spliced)) = wire.streams.remove(&stream) else { return };
-        wire.session.release(stream, spliced.inward.owed());
+        let Some(spliced) = wire.unsplice(stream) else { return };
         let told = match error {
             HostError::Remote(error) => error,
             other => requests::error(&Response::from(other)),
@@ -437,17 +433,13 @@ impl Server {
     /// Ends what a stream stands for, on our side and in the capsule.
     fn drop_stream(&mut self, client_id: u64, stream: StreamId) {
         let Some(wire) = self.wire(client_id) else { return };
-        match wire.streams.remove(&stream) {
-            Some(StreamUse::Asked(task)) => self.abandon_task(task),
-            Some(StreamUse::Spliced(spliced)) => {
-                // The stream's own credit ends with it, the connection's does not.
-                wire.session.release(0, spliced.inward.owed());
-                match spliced.call {
-                    Some(_) => self.end_splice(&spliced.task, spliced.call),
-                    None => self.abandon_task(spliced.task),
-                }
+        if let Some(spliced) = wire.unsplice(stream) {
+            match spliced.call {
+                Some(_) => self.end_splice(&spliced.task, spliced.call),
+                None => self.abandon_task(spliced.task),
             }
-            Some(StreamUse::AwaitInner(_) | StreamUse::Answering(_) | StreamUse::Answered) | None => {}
+        } else if let Some(StreamUse::Asked(task)) = wire.streams.remove(&stream) {
+            self.abandon_task(task);
         }
     }
 

@@ -116,10 +116,19 @@ impl WireClient {
 
     /// Ends a stream into a capsule as its host has.
     pub fn reset(&mut self, stream: StreamId, code: u16, reason: &str) {
-        if let Some(StreamUse::Spliced(spliced)) = self.streams.remove(&stream) {
-            self.session.release(0, spliced.inward.owed());
-        }
         self.session.reset(stream, Code::from_number(code), reason);
+        self.unsplice(stream);
+    }
+
+    /// Takes what a stream into a capsule was for, and gives back the credit of what has not gone in. Where
+    /// the stream has ended, that is the connection's alone.
+    pub fn unsplice(&mut self, stream: StreamId) -> Option<Box<Spliced>> {
+        let owed = self.spliced(stream)?.inward.owed();
+        self.session.release(stream, owed);
+        match self.streams.remove(&stream) {
+            Some(StreamUse::Spliced(spliced)) => Some(spliced),
+            _ => None,
+        }
     }
 
     /// The stream's two pipes, if it goes on into a capsule.

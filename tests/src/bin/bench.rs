@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use wrenn_tests::http::{Client, Connection};
 use wrenn_tests::process::Pid;
 use wrenn_tests::stack::{Options, Stack};
-use wrenn_tests::{Context, Failure, Result};
+use wrenn_tests::{Context, Failure, Result, percentile};
 
 /// Boots and creates that are measured, alternating, so that both see the same machine.
 const ROUNDS: usize = 8;
@@ -46,13 +46,6 @@ fn bench(directory: &Path) -> Result<()> {
     execs(&stack, &id)?;
     sizes(&stack, &id)?;
     stack.stop()
-}
-
-/// The value below which `part` (0 to 1) of the samples lie.
-fn percentile(samples: &mut [Duration], part: f64) -> Duration {
-    samples.sort_unstable();
-    let at = (samples.len() as f64 * part) as usize;
-    samples.get(at.min(samples.len().saturating_sub(1))).copied().unwrap_or_default()
 }
 
 fn ms(duration: Duration) -> f64 {

@@ -22,7 +22,7 @@ use wire::message::{
 use wire::session::StreamId;
 use wrenn_tests::process::{Pid, random_hex};
 use wrenn_tests::stack::project_root;
-use wrenn_tests::{Context, Failure, Result};
+use wrenn_tests::{Context, Failure, Result, percentile};
 
 const EXECS: usize = 1000;
 const KEYS: usize = 1000;
@@ -110,10 +110,8 @@ fn bench() -> Result<()> {
     streams(&envd)
 }
 
-fn percentile(samples: &mut [Duration], part: f64) -> f64 {
-    samples.sort_unstable();
-    let at = (samples.len() as f64 * part) as usize;
-    samples.get(at).map_or(0.0, |d| d.as_secs_f64() * 1e6)
+fn percentile_us(samples: &mut [Duration], part: f64) -> f64 {
+    percentile(samples, part).as_secs_f64() * 1e6
 }
 
 fn command(argv: &[&str]) -> ProcessStart {
@@ -146,7 +144,7 @@ fn execs(client: &mut Client) -> Result<()> {
     }
     let rate = EXECS as f64 / ours.iter().sum::<Duration>().as_secs_f64();
     for part in [0.5, 0.99] {
-        let (a, b) = (percentile(&mut ours, part), percentile(&mut floor, part));
+        let (a, b) = (percentile_us(&mut ours, part), percentile_us(&mut floor, part));
         println!(
             "exec p{:<2.0}                  {a:8.0} us, bare fork and exec {b:.0} us, ratio {:.2}",
             part * 100.0,
@@ -172,7 +170,7 @@ fn keys(client: &mut Client) -> Result<()> {
         }
     }
     client.cancel(stream, "measured").map_err(failed)?;
-    let (p50, p99) = (percentile(&mut echoes, 0.5), percentile(&mut echoes, 0.99));
+    let (p50, p99) = (percentile_us(&mut echoes, 0.5), percentile_us(&mut echoes, 0.99));
     println!("terminal echo             {p50:8.0} us p50, {p99:.0} us p99");
     Ok(())
 }

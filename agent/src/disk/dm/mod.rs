@@ -20,20 +20,20 @@ use super::flatten::SparseWriter;
 use super::{Disk, DiskError, DiskImage, DiskSpec, Format, SECTOR_BYTES, file, flatten};
 use crate::sys::dm::{Control, Device};
 use crate::sys::loopdev::LoopDevice;
+use crate::whole_file;
 use layout::Layout;
 use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
 const COW_NAME: &str = "disk.cow";
 const DESCRIPTION_NAME: &str = "disk.json";
-const NEW_DESCRIPTION_NAME: &str = "disk.json.new";
 /// A second name of the base image: whoever replaces the image leaves the capsule its own.
 const BASE_NAME: &str = "disk.base";
 /// No capsule is called so.
@@ -282,8 +282,9 @@ fn remove_device(control: &Control, name: &str) -> Result<(), DiskError> {
 }
 
 fn remove_files(directory: &Path) -> Result<(), DiskError> {
-    for name in [COW_NAME, DESCRIPTION_NAME, NEW_DESCRIPTION_NAME, BASE_NAME] {
-        let path = directory.join(name);
+    let [cow, description, base] = [COW_NAME, DESCRIPTION_NAME, BASE_NAME].map(|name| directory.join(name));
+    let new_description = whole_file::beside(&description);
+    for path in [cow, description, new_description, base] {
         match fs::remove_file(&path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 return Err(DiskError::system("removing", &path)(e));
@@ -388,17 +389,11 @@ impl Description {
     }
 
     fn write(&self, directory: &Path) -> Result<(), DiskError> {
-        let (new, path) = (directory.join(NEW_DESCRIPTION_NAME), directory.join(DESCRIPTION_NAME));
-        let write = || {
-            let text = serde_json::to_vec(self).map_err(io::Error::other)?;
-            let options = OpenOptions::new().write(true).create(true).truncate(true).mode(MODE).open(&new);
-            let mut file = options?;
-            io::Write::write_all(&mut file, &text)?;
-            file.sync_all()?;
-            fs::rename(&new, &path)
-        };
-        write().map_err(DiskError::system("writing", &path))?;
-        file::sync_parent(&path)
+        let path = directory.join(DESCRIPTION_NAME);
+        serde_json::to_vec(self)
+            .map_err(io::Error::other)
+            .and_then(|text| whole_file::replace(&path, &text, MODE))
+            .map_err(DiskError::system("writing", &path))
     }
 }
 
