@@ -203,8 +203,8 @@ impl Connections {
     }
 
     /// Ends every session but one: after a resume the others lead to where nobody is any more.
-    pub fn keep_only(&mut self, id: ConnectionId) {
-        for (_, c) in self.all.iter_mut().filter(|(other, c)| **other != id && c.proven) {
+    pub fn keep_only(&mut self, id: Option<ConnectionId>) {
+        for (_, c) in self.all.iter_mut().filter(|(other, c)| Some(**other) != id && c.proven) {
             c.session.close();
         }
     }

@@ -14,6 +14,7 @@ use crate::sampler::Sampler;
 use crate::sys::epoll::{Epoll, Ready};
 use crate::sys::{Errno, Fd, boot, cgroup, clock, credentials, fd, signal, socket};
 use crate::token::{Token, Way};
+use crate::trust::Trust;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::net::SocketAddrV4;
@@ -47,6 +48,7 @@ pub struct Daemon {
     signals: Fd,
     gate: Gate,
     pub(crate) identity: Identity,
+    pub(crate) trust: Trust,
     /// Connections that have more to do than fitted in their turn.
     busy: bool,
     stopping: bool,
@@ -81,13 +83,15 @@ impl Daemon {
         // Only in a guest is the control group file system envd's to arrange.
         let group = if verifier_file.is_none() { cgroup::make() } else { None };
         let now_ms = clock::monotonic_ms();
-        let (gate, identity) = match verifier_file {
+        let (gate, identity, trust) = match verifier_file {
             Some(path) => {
                 let verifier =
                     identity::read_verifier(path).map_err(|step| StartError { step, errno: None })?;
-                (during(identity::open_gate(verifier), "get random bytes")?, Identity::given())
+                let gate = during(identity::open_gate(verifier), "get random bytes")?;
+                // No guest: its clock and random numbers are somebody else's.
+                (gate, Identity::given(), Trust::Everybody)
             }
-            None => (Gate::Waiting, Identity::new(now_ms)),
+            None => (Gate::Waiting, Identity::new(now_ms), Trust::Nobody),
         };
         if let (Some(_), Ok(address)) = (verifier_file, socket::local_address(&listener)) {
             log!("listening on {address}");
@@ -108,6 +112,7 @@ impl Daemon {
             signals,
             gate,
             identity,
+            trust,
             busy: false,
             stopping: false,
         })
@@ -252,7 +257,13 @@ impl Daemon {
 
     fn on_metadata(&mut self, metadata: Metadata) {
         identity::write_identity_files(&metadata);
-        self.defaults.identity = guest::identity_environment(&metadata);
+        let identity = guest::identity_environment(&metadata);
+        let before = core::mem::replace(&mut self.defaults.identity, identity);
+        if !before.is_empty() && before != self.defaults.identity {
+            // A copy of the guest that this was, made without it being asked.
+            self.trust = Trust::Nobody;
+            self.connections.keep_only(None);
+        }
         let gate = match metadata.verifier.map(identity::open_gate) {
             Some(Ok(gate)) => gate,
             Some(Err(e)) => {

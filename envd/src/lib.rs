@@ -17,6 +17,7 @@
 //! | [`sampler`] | what is looked at once a second: figures and ports |
 //! | [`metrics`] | what the guest uses |
 //! | [`identity`] | who the capsule is and who may talk to it |
+//! | [`trust`] | what is refused until the agent has brought a guest up to date |
 //! | [`cmdline`], [`json`], [`metadata`], [`options`], [`token`], [`users`] | pure parsers and tables |
 //! | [`sys`] | the kernel's interface, all of the crate's `unsafe` |
 
@@ -45,4 +46,5 @@ pub mod sampler;
 pub mod service;
 pub mod sys;
 pub mod token;
+pub mod trust;
 pub mod users;

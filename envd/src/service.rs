@@ -6,6 +6,7 @@ use crate::guest;
 use crate::log::log;
 use crate::process::ProcessKey;
 use crate::process::table::Piece;
+use crate::trust::Trust;
 use alloc::format;
 use alloc::string::ToString;
 use wire::message::{
@@ -92,6 +93,7 @@ impl Daemon {
 
     /// A stream's first message says what it is for.
     fn on_opened(&mut self, key: StreamKey, kind: u16, body: &[u8]) -> Result<(), Error> {
+        self.trust.check(key.connection, kind)?;
         match kind {
             Health::KIND => {
                 decode::<Health>(body)?;
@@ -102,8 +104,11 @@ impl Daemon {
                 self.connections.send_last(key, &reply);
             }
             GuestInit::KIND => {
-                guest::initialise(&decode::<GuestInit>(body)?, &mut self.defaults)?;
-                self.connections.keep_only(key.connection);
+                let init = decode::<GuestInit>(body)?;
+                self.trust.check_init(&init)?;
+                guest::initialise(&init, &mut self.defaults)?;
+                self.trust = Trust::Everybody;
+                self.connections.keep_only(Some(key.connection));
                 self.connections.send_last(key, &Done {});
             }
             ProcessStart::KIND => {
@@ -135,8 +140,10 @@ impl Daemon {
             }
             GuestPrepareSnapshot::KIND => {
                 decode::<GuestPrepareSnapshot>(body)?;
-                crate::sys::boot::sync_all();
+                self.trust = Trust::Only(key.connection);
+                self.connections.keep_only(Some(key.connection));
                 self.identity.forget_freshness();
+                crate::sys::boot::sync_all();
                 self.connections.send_last(key, &Done {});
             }
             GuestMetrics::KIND => {

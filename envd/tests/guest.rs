@@ -5,7 +5,7 @@ mod common;
 use common::{Client, Daemon, PATIENCE, shell};
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use wire::message::*;
 use wire::session::{Event, StreamId};
 
@@ -24,12 +24,64 @@ fn defaults_from_the_agent_hold_for_every_process() {
     assert_eq!(client.run(&start).expect("runs").stdout, b"nobody\nyes\n");
     let wrong = GuestInit { default_user: "who".into(), ..init };
     assert_eq!(client.ask::<_, Done>(&wrong).expect_err("refused").code(), Code::NotFound);
-    let _: Done = client.ask(&GuestPrepareSnapshot {}).expect("synced");
+}
 
-    // After a resume, sessions from before it are of no use.
+fn wall_us() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
+    now.as_micros() as u64
+}
+
+#[test]
+fn a_resumed_guest_does_no_work_before_it_is_told_what_it_missed() {
+    let daemon = Daemon::start();
+    let mut other = daemon.client();
+    let mut client = daemon.client();
+    let reads = ProcessStart { stdin: true, ..shell("read line; echo $line") };
+    let stream = client.open(&reads, false);
+    let _: ProcessStarted = client.message(stream);
+    let _: Done = client.ask(&GuestPrepareSnapshot {}).expect("synced");
+    other.wait_for(|e| matches!(e, Event::Closed { .. }));
+    // The guest that was saved goes on, as does what runs in it.
+    assert_eq!(client.run(&shell("echo saved")).expect("runs").stdout, b"saved\n");
+    client.send_all(stream, CHANNEL_STDIN, b"on\n");
+    assert_eq!(client.finish(stream).stdout, b"on\n");
+
+    // Who comes later comes to a guest that may be another one.
     let mut newer = daemon.client();
-    let _: Done = newer.ask(&GuestInit::default()).expect("done");
+    let _: HealthReply = newer.ask(&Health {}).expect("health");
+    let refused = |client: &mut Client| {
+        let error = client.run(&shell("true")).expect_err("too early");
+        assert_eq!(error.code(), Code::Unavailable, "{error}");
+        let error = client.ask::<_, FileEntry>(&FileStat { path: "/".into(), ..FileStat::default() });
+        assert_eq!(error.expect_err("too early").code(), Code::Unavailable);
+        let error = client.ask::<_, Done>(&GuestPrepareSnapshot {}).expect_err("too early");
+        assert_eq!(error.code(), Code::Unavailable);
+    };
+    refused(&mut newer);
+    let whole = GuestInit { time_us: wall_us(), entropy: [9u8; 64][..].into(), ..GuestInit::default() };
+    for (lacking, code) in [
+        (GuestInit { time_us: 0, ..whole.clone() }, Code::InvalidRequest),
+        (GuestInit { entropy: [9u8; 16][..].into(), ..whole.clone() }, Code::InvalidRequest),
+        (GuestInit { default_user: "who".into(), ..whole.clone() }, Code::NotFound),
+    ] {
+        assert_eq!(newer.ask::<_, Done>(&lacking).expect_err("refused").code(), code);
+        refused(&mut newer);
+    }
+    let _: Done = newer.ask(&whole).expect("done");
+    assert_eq!(newer.run(&shell("echo new")).expect("runs").stdout, b"new\n");
+    // Sessions from before the resume are of no use any more.
     client.wait_for(|e| matches!(e, Event::Closed { .. }));
+}
+
+#[test]
+fn no_session_is_trusted_when_the_one_that_had_it_saved_is_gone() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let _: Done = client.ask(&GuestPrepareSnapshot {}).expect("synced");
+    drop(client);
+    let mut newer = daemon.client();
+    let error = newer.run(&shell("true")).expect_err("too early");
+    assert_eq!(error.code(), Code::Unavailable);
 }
 
 #[test]

@@ -11,7 +11,8 @@ pub const CHANNEL_PORT: u8 = 5;
 messages! {
     /// Tells the guest daemon what it could not know: sent by the agent after boot and each resume.
     /// Every other session of the agent's ends with it: after a resume nobody is at their other end.
-    /// Answered by `Done`.
+    /// Until it has come, with the time and at least 32 bytes of randomness, a guest that was just started
+    /// or resumed answers all but this and `Health` with the error `unavailable`. Answered by `Done`.
     GuestInit = 0x0400 {
         /// Wall clock time, in microseconds since the epoch.
         time_us: u64,
@@ -23,7 +24,10 @@ messages! {
         entropy: Bytes,
     }
 
-    /// Makes the guest ready to be frozen: everything written is on disk. Answered by `Done`.
+    /// Makes the guest ready to be saved: everything written is on disk, and every other session of the
+    /// agent's ends. From then on only this session does work; on any other, `GuestInit` has to come first,
+    /// so that nothing is started in a guest that was resumed before its clock and random numbers are its
+    /// own. Answered by `Done`.
     GuestPrepareSnapshot = 0x0401 {
     }
 
