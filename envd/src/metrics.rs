@@ -1,6 +1,8 @@
 //! What the guest uses of its machine, from the kernel's tables, read when it is asked for.
 
+use crate::process::request::errno_error;
 use crate::sys::{clock, file};
+use alloc::format;
 use alloc::string::String;
 use core::ffi::CStr;
 use wire::message::{Error, GuestMetricsReply};
@@ -10,10 +12,11 @@ const MAX_TABLE: usize = 64 * 1024;
 /// Milliseconds of one tick in `/proc/stat` (`USER_HZ` is 100 on every Linux that envd runs on).
 const TICK_MS: u64 = 10;
 
-fn read(path: &CStr) -> String {
-    // What cannot be read is told as zero.
-    let bytes = file::read_file(path, MAX_TABLE).unwrap_or_default();
-    String::from_utf8(bytes).unwrap_or_default()
+/// A table. What the kernel does not have is told as zero.
+fn read(path: &CStr) -> Result<String, Error> {
+    let bytes = file::read_if_any(path, MAX_TABLE)
+        .map_err(|e| errno_error(&format!("cannot read {}", path.to_string_lossy()), e))?;
+    Ok(String::from_utf8(bytes).unwrap_or_default())
 }
 
 /// Far above any real figure, and low enough for sums and units not to overflow.
@@ -64,12 +67,12 @@ pub fn load(loadavg: &str) -> (u32, u32) {
 
 /// The present figures.
 pub fn now() -> Result<GuestMetricsReply, Error> {
-    let (busy_ms, idle_ms, processors) = processors(&read(c"/proc/stat"));
-    let meminfo = read(c"/proc/meminfo");
-    let (received, sent) = network(&read(c"/proc/net/dev"));
-    let (load_1m_thousandths, processes) = load(&read(c"/proc/loadavg"));
-    let (disk_total_bytes, disk_available_bytes) = file::space(c"/")
-        .map_err(|e| crate::process::request::errno_error("cannot read the size of the disk", e))?;
+    let (busy_ms, idle_ms, processors) = processors(&read(c"/proc/stat")?);
+    let meminfo = read(c"/proc/meminfo")?;
+    let (received, sent) = network(&read(c"/proc/net/dev")?);
+    let (load_1m_thousandths, processes) = load(&read(c"/proc/loadavg")?);
+    let (disk_total_bytes, disk_available_bytes) =
+        file::space(c"/").map_err(|e| errno_error("cannot read the size of the disk", e))?;
     Ok(GuestMetricsReply {
         at_ms: clock::monotonic_ms(),
         processors,

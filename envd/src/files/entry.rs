@@ -24,27 +24,30 @@ pub struct Names {
 const SOURCES: [&CStr; 2] = [c"/etc/passwd", c"/etc/group"];
 
 impl Names {
-    fn get(&mut self, source: usize, id: u32) -> String {
+    fn get(&mut self, source: usize, id: u32) -> Result<String, Errno> {
         if let Some(name) = self.known.get(&(source, id)) {
-            return name.clone();
+            return Ok(name.clone());
         }
         // Without the file, ids are told as numbers.
-        let content = self.files[source]
-            .get_or_insert_with(|| file::read_file(SOURCES[source], users::MAX_FILE).unwrap_or_default());
-        let name = users::name_of(content, id);
+        let content = match self.files[source].take() {
+            Some(content) => content,
+            None => file::read_if_any(SOURCES[source], users::MAX_FILE)?,
+        };
+        let name = users::name_of(&content, id);
+        self.files[source] = Some(content);
         if self.known.len() < MAX_REMEMBERED {
             self.known.insert((source, id), name.clone());
         }
-        name
+        Ok(name)
     }
 
     /// An account's name.
-    pub fn owner(&mut self, uid: u32) -> String {
+    pub fn owner(&mut self, uid: u32) -> Result<String, Errno> {
         self.get(0, uid)
     }
 
     /// A group's name.
-    pub fn group(&mut self, gid: u32) -> String {
+    pub fn group(&mut self, gid: u32) -> Result<String, Errno> {
         self.get(1, gid)
     }
 }
@@ -58,18 +61,23 @@ pub fn describe(path: &CString, names: &mut Names) -> Result<FileEntry, Errno> {
 pub fn describe_at(directory: i32, name: &CStr, path: &[u8], names: &mut Names) -> Result<FileEntry, Errno> {
     let metadata = file::metadata_at(directory, name, libc::AT_SYMLINK_NOFOLLOW)?;
     let target = if metadata.is_symlink() { file::read_link(directory, name)? } else { Vec::new() };
-    Ok(from_metadata(&metadata, path, target, names))
+    from_metadata(&metadata, path, target, names)
 }
 
 /// The entry for metadata that is there already.
-pub fn from_metadata(metadata: &Metadata, path: &[u8], target: Vec<u8>, names: &mut Names) -> FileEntry {
-    FileEntry {
+pub fn from_metadata(
+    metadata: &Metadata,
+    path: &[u8],
+    target: Vec<u8>,
+    names: &mut Names,
+) -> Result<FileEntry, Errno> {
+    Ok(FileEntry {
         path: Bytes(path.to_vec()),
         mode: metadata.mode,
         size: metadata.size,
-        owner: names.owner(metadata.uid),
-        group: names.group(metadata.gid),
+        owner: names.owner(metadata.uid)?,
+        group: names.group(metadata.gid)?,
         modified_sec: metadata.modified_sec,
         symlink_target: Bytes(target),
-    }
+    })
 }

@@ -3,11 +3,12 @@
 use super::entry::{Names, describe_at};
 use super::{Actor, Progress, about, open_directory};
 use crate::connection::{Connections, StreamKey};
-use crate::process::request::errno_error;
+use crate::process::request::{self, errno_error};
 use crate::sys::syscall::Errno;
 use crate::sys::{Fd, file};
 use alloc::ffi::CString;
 use alloc::format;
+use alloc::string::String;
 use alloc::vec::Vec;
 use wire::message::{Code, Done, Error, FileEntry};
 
@@ -93,16 +94,22 @@ impl Listing {
                 path.push(b'/');
             }
             path.extend_from_slice(name.as_bytes());
-            // It may have gone meanwhile.
-            let Ok(entry) = describe_at(level.directory.raw(), &name, &path, &mut self.names) else {
-                continue;
+            let failed =
+                |path: &[u8], e| errno_error(&format!("cannot list {}", String::from_utf8_lossy(path)), e);
+            let entry = match describe_at(level.directory.raw(), &name, &path, &mut self.names) {
+                Ok(entry) => entry,
+                Err(e) if request::is_shortage(e) => return Err(failed(&path, e)),
+                // It has gone meanwhile, or may not be seen.
+                Err(_) => continue,
             };
             let is_directory = entry.mode & libc::S_IFMT == libc::S_IFDIR;
             if is_directory && self.levels.len() < self.depth {
                 let at = self.levels.last().map_or(file::CURRENT, |l| l.directory.raw());
-                // One that may not be read, or is too large, is told without what is in it.
-                if let Ok(inner) = open_level(at, &name, path, libc::O_NOFOLLOW) {
-                    self.levels.push(inner);
+                match open_level(at, &name, path, libc::O_NOFOLLOW) {
+                    Ok(inner) => self.levels.push(inner),
+                    Err(e) if request::is_shortage(e) => return Err(failed(&entry.path, e)),
+                    // One that may not be read, or is too large, is told without what is in it.
+                    Err(_) => {}
                 }
             }
             self.waiting = Some(entry);

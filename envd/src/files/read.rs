@@ -49,7 +49,8 @@ impl Reading {
             return Err(Error::new(Code::InvalidState, text));
         }
         let end = if length == 0 { u64::MAX } else { offset.saturating_add(length) };
-        let entry = from_metadata(&metadata, path.as_bytes(), Vec::new(), &mut Names::default());
+        let entry =
+            from_metadata(&metadata, path.as_bytes(), Vec::new(), &mut Names::default()).map_err(failed)?;
         Ok((Reading { fd, path: path.clone(), at: offset.min(MAX_OFFSET), end, blocked: false }, entry))
     }
 

@@ -2,7 +2,7 @@
 
 use super::{Actor, Progress, about, open_directory};
 use crate::connection::{Connections, StreamKey};
-use crate::process::request::errno_error;
+use crate::process::request::{errno_error, is_shortage};
 use crate::sys::inotify::{self, Event};
 use crate::sys::syscall::Errno;
 use crate::sys::{Fd, file};
@@ -114,8 +114,10 @@ impl Watch {
             true
         })?;
         for name in names {
-            let Ok(entry) = file::metadata_at(directory.raw(), &name, libc::AT_SYMLINK_NOFOLLOW) else {
-                continue;
+            let entry = match file::metadata_at(directory.raw(), &name, libc::AT_SYMLINK_NOFOLLOW) {
+                Ok(entry) => entry,
+                Err(e) if is_shortage(e) => return Err(e),
+                Err(_) => continue,
             };
             let inner = join(path, name.as_bytes());
             if tell {

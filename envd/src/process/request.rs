@@ -53,12 +53,19 @@ pub fn code_of(errno: Errno) -> Code {
     }
 }
 
+/// Whether something cannot be had for the moment, rather than not at all: no reason to tell that it is not
+/// there.
+pub fn is_shortage(errno: Errno) -> bool {
+    code_of(errno) == Code::ResourceExhausted
+}
+
 /// Finds the account that a request is for.
 pub fn find_user(name: &str, defaults: &Defaults) -> Result<User, Error> {
     let passwd = file::read_file(c"/etc/passwd", users::MAX_FILE)
         .map_err(|e| errno_error("cannot read /etc/passwd", e))?;
     // Without the file there are no supplementary groups.
-    let group = file::read_file(c"/etc/group", users::MAX_FILE).unwrap_or_default();
+    let group = file::read_if_any(c"/etc/group", users::MAX_FILE)
+        .map_err(|e| errno_error("cannot read /etc/group", e))?;
     let found = match (name, defaults.user.as_str()) {
         ("", "") => users::find(&passwd, &group, "user").or_else(|| users::find(&passwd, &group, "root")),
         ("", default) => users::find(&passwd, &group, default),

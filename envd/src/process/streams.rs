@@ -119,12 +119,18 @@ pub(super) fn read_after_exit(process: &mut Process, left_over: &mut Vec<Fd>, sh
 }
 
 /// Watches an output while there is room for what it gives. A pipe that is not read is not watched at all:
-/// its end would be reported again and again.
-pub(super) fn watch_output(process: &mut Process, id: ProcessKey, index: usize, wanted: bool, epoll: &Epoll) {
+/// its end would be reported again and again. Whether that is done; the kernel may lack the memory for it.
+pub(super) fn watch_output(
+    process: &mut Process,
+    id: ProcessKey,
+    index: usize,
+    wanted: bool,
+    epoll: &Epoll,
+) -> bool {
     let output = &mut process.outputs[index];
     // Before exec has succeeded there is nothing to tell yet.
     let wanted = wanted && process.report.is_none();
-    let Some(fd) = output.fd.as_ref().filter(|_| wanted != output.watched) else { return };
+    let Some(fd) = output.fd.as_ref().filter(|_| wanted != output.watched) else { return true };
     if wanted {
         let token = Token::Process(id, Way::Output(index as u8)).pack();
         output.watched = epoll.add(fd, libc::EPOLLIN, token).is_ok();
@@ -132,6 +138,7 @@ pub(super) fn watch_output(process: &mut Process, id: ProcessKey, index: usize, 
         epoll.remove(fd);
         output.watched = false;
     }
+    output.watched == wanted
 }
 
 /// Closes a process's input and gives back the credit of what it did not take.

@@ -29,6 +29,8 @@ const KILL_AFTER_MS: u64 = 2_000;
 const DRAIN_MS: u64 = 100;
 /// How long a watcher may hold a detached process up before it has to attach again.
 const STALL_MS: u64 = 10_000;
+/// How long a pipe that could not be watched, for lack of memory, is left alone.
+const WATCH_AGAIN_MS: u64 = 50;
 /// Pipes of ended processes that are read on, so that what they left running is not hit by SIGPIPE.
 const MAX_LEFT_OVER: usize = 256;
 
@@ -210,7 +212,9 @@ impl Supervisor {
         }
         let room = process.ring.room_keeping(process.needed_from());
         for index in 0..process.outputs.len() {
-            watch_output(process, id, index, room > 0, shell.epoll);
+            if !watch_output(process, id, index, room > 0, shell.epoll) {
+                process.set_timer(&mut self.timers, id, Timer::Watch, shell.now_ms + WATCH_AGAIN_MS);
+            }
         }
         if room > 0 || !process.detached {
             process.clear_timer(&mut self.timers, id, Timer::Stall);
@@ -316,6 +320,9 @@ impl Supervisor {
             if wanted {
                 let token = Token::Process(id, Way::Input).pack();
                 input.watched = shell.epoll.add(fd, libc::EPOLLOUT, token).is_ok();
+                if !input.watched {
+                    process.set_timer(&mut self.timers, id, Timer::Watch, shell.now_ms + WATCH_AGAIN_MS);
+                }
             } else {
                 shell.epoll.remove(fd);
                 input.watched = false;
@@ -415,6 +422,14 @@ impl Supervisor {
                 }
                 Timer::Stall => self.cut_stalled(id, shell),
                 Timer::Expire => self.forget(id, shell),
+                Timer::Watch => {
+                    // Read as well, so that it goes on where memory stays short.
+                    for index in 0..process.outputs.len() {
+                        read_output(process, index, shell);
+                    }
+                    self.write_input(id, shell);
+                    self.advance(id, shell);
+                }
             }
         }
     }

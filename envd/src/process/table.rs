@@ -25,10 +25,12 @@ pub enum Timer {
     Stall,
     /// Its result was kept long enough.
     Expire,
+    /// The kernel had no memory to watch one of its pipes, and may have now.
+    Watch,
 }
 
 /// How many kinds of timers there are.
-const TIMER_KINDS: usize = 5;
+const TIMER_KINDS: usize = 6;
 
 /// The timers of all processes, in the order in which they are due.
 #[derive(Debug, Default)]
@@ -209,7 +211,7 @@ impl Process {
 
     /// Takes all timers back.
     pub fn clear_timers(&mut self, timers: &mut Timers, key: ProcessKey) {
-        for kind in [Timer::Deadline, Timer::Kill, Timer::Drain, Timer::Stall, Timer::Expire] {
+        for kind in [Timer::Deadline, Timer::Kill, Timer::Drain, Timer::Stall, Timer::Expire, Timer::Watch] {
             self.clear_timer(timers, key, kind);
         }
     }

@@ -211,6 +211,15 @@ pub fn read_file(path: &CStr, limit: usize) -> Result<Vec<u8>, Errno> {
     Ok(content)
 }
 
+/// The same; empty where there is no such file or it may not be read. That nothing can be had for the
+/// moment, such as a descriptor, is an error still.
+pub fn read_if_any(path: &CStr, limit: usize) -> Result<Vec<u8>, Errno> {
+    match read_file(path, limit) {
+        Err(Errno(libc::ENOENT | libc::EACCES)) => Ok(Vec::new()),
+        other => other,
+    }
+}
+
 /// Writes to a file that is there: a setting of the kernel's.
 pub fn write_existing(path: &CStr, content: &[u8]) -> Result<(), Errno> {
     open(CURRENT, path, libc::O_WRONLY, 0)?.write_all(content)
