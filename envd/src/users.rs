@@ -84,8 +84,8 @@ fn groups_of(group: &[u8], name: &str, primary: u32) -> Vec<u32> {
 pub fn name_of(file: &[u8], id: u32) -> String {
     records(file)
         .find(|fields| fields.get(2).copied().and_then(number) == Some(id))
-        .and_then(|fields| core::str::from_utf8(fields[0]).ok().map(ToString::to_string))
-        .unwrap_or_else(|| id.to_string())
+        .and_then(|fields| core::str::from_utf8(fields[0]).ok().filter(|name| !name.is_empty()))
+        .map_or_else(|| id.to_string(), ToString::to_string)
 }
 
 #[cfg(test)]
@@ -128,5 +128,6 @@ mod tests {
         assert_eq!(name_of(PASSWD, 1000), "user");
         assert_eq!(name_of(GROUP, 27), "sudo");
         assert_eq!(name_of(GROUP, 4242), "4242");
+        assert_eq!(name_of(b":x:7:7::/:\n", 7), "7");
     }
 }
