@@ -3,16 +3,20 @@
 //! A turn of the loop: wait for readiness, a worker's report or a timer; feed what came to the state
 //! machine that it belongs to; do what that says; move bytes on every session that was touched.
 
-use crate::capsule::failure::Failure;
 use crate::capsule::lifecycle::{Action, Event as LifeEvent, Goal};
-use crate::capsule::{Capsule, CapsuleKey, CapsuleTimer, GuestLink, LeftPaused, Source as CapsuleSource};
+use crate::capsule::record::Record;
+use crate::capsule::{
+    Capsule, CapsuleKey, CapsuleTimer, GuestLink, LeftPaused, LeftRunning, Source as CapsuleSource, Spec,
+};
 use crate::context::{Context, PeerId, Report, Source, TimerKey, random_bytes};
+use crate::ending::Progress;
 use crate::registration::Registration;
 use crate::service::Peer;
 use mio::net::TcpListener;
 use mio::{Events, Poll, Token};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 use wire::auth::Verifier;
 use wire::message::{CapsuleState, Code, Done};
@@ -23,8 +27,6 @@ use wire::session::StreamId;
 const EVENTS: usize = 1024;
 /// Capsules that the agent keeps at once, those that have ended and wait to be destroyed included.
 pub const MAX_CAPSULES: usize = 4096;
-/// How long a shutdown may take before the agent ends with capsules left, for the next start to clear.
-pub const SHUTDOWN_TIMEOUT_MS: u64 = 45_000;
 /// The longest wait of a turn: the clock is read at least this often.
 const MAX_WAIT_MS: u64 = 60_000;
 
@@ -42,9 +44,9 @@ pub enum Dirty {
 /// How the agent ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// Every capsule is gone.
+    /// Every capsule is as it was to be.
     Clean,
-    /// This many capsules could not be removed; the next start clears them away.
+    /// This many capsules are not; the next start looks at them again.
     Remains(usize),
 }
 
@@ -54,7 +56,7 @@ pub struct Agent {
     pub ctx: Context,
     poll: Poll,
     pub(crate) listener: TcpListener,
-    signals: Signals,
+    pub(crate) signals: Signals,
     /// Calls to the control plane.
     pub registration: Registration,
     /// Proves control planes right.
@@ -73,7 +75,7 @@ pub struct Agent {
     /// Streams that have to be tried again, see [`wire::splice::Flow::Stalled`].
     pub stalled: BTreeSet<(PeerId, StreamId)>,
     pub(crate) listener_ready: bool,
-    pub(crate) stopping: bool,
+    pub(crate) ending: Option<Progress>,
     outcome: Option<Outcome>,
 }
 
@@ -85,7 +87,7 @@ pub struct Parts {
     pub poll: Poll,
     /// Where control planes connect.
     pub listener: TcpListener,
-    /// SIGTERM and SIGINT.
+    /// [`crate::ending::Ending::SIGNALS`].
     pub signals: Signals,
     /// Calls to the control plane.
     pub registration: Registration,
@@ -118,23 +120,43 @@ impl Agent {
             dirty: BTreeSet::new(),
             stalled: BTreeSet::new(),
             listener_ready: true,
-            stopping: false,
+            ending: None,
             outcome: None,
         })
     }
 
-    /// Takes over the paused capsules that an agent before this one has left.
-    pub fn take_over(&mut self, paused: Vec<LeftPaused>) {
+    /// Takes over the capsules that an agent before this one has left.
+    pub fn take_over(&mut self, paused: Vec<LeftPaused>, running: Vec<LeftRunning>) {
         for left in paused {
-            let id = left.record.capsule_id.clone();
-            let known = left.record.spec(self.ctx.host.create_deadline_ms);
-            let (Some(known), Ok(directory)) = (known, self.ctx.host.layout.capsule(&id)) else {
-                log::error!("capsule {id}: paused, but its record lacks what is needed to resume it");
-                continue;
-            };
+            let Some((known, directory)) = self.known(&left.record) else { continue };
             let now_ms = self.ctx.now_ms();
             self.insert_capsule(|key| Capsule::left_paused(key, known, directory, left, now_ms));
         }
+        for left in running {
+            let Some((known, directory)) = self.known(&left.record) else { continue };
+            let now_ms = self.ctx.now_ms();
+            let key = self.insert_capsule(|key| Capsule::left_running(key, known, directory, left, now_ms));
+            let Some(capsule) = self.capsules.get_mut(&key) else { continue };
+            if let Err(e) = capsule.adopt_machine(&mut self.ctx) {
+                log::warn!("capsule {}: runs without its metadata service: {e}", capsule.spec.id);
+            }
+            capsule.note_use(&mut self.ctx);
+            self.apply(key, LifeEvent::GuestLost);
+            if let Some(capsule) = self.capsules.get_mut(&key) {
+                // It is there already: no reason to wait as after a failure.
+                capsule.connect_guest(&mut self.ctx);
+            }
+        }
+    }
+
+    fn known(&self, record: &Record) -> Option<((Spec, Vec<u8>), PathBuf)> {
+        let id = &record.capsule_id;
+        let known = record.spec(self.ctx.host.create_deadline_ms);
+        let directory = self.ctx.host.layout.capsule(id).ok();
+        if known.is_none() || directory.is_none() {
+            log::error!("capsule {id}: left as it is: its record lacks what is needed to go on with it");
+        }
+        Some((known?, directory?))
     }
 
     /// Runs until a signal has ended it.
@@ -168,9 +190,7 @@ impl Agent {
                 self.on_timer(timer);
             }
             self.pump_all();
-            if self.stopping && self.capsules.values().all(|c| c.state() == CapsuleState::Paused) {
-                self.outcome = Some(Outcome::Clean);
-            }
+            self.outcome = self.outcome.or_else(|| self.continue_ending());
             if let Some(outcome) = self.outcome {
                 return Ok(outcome);
             }
@@ -184,7 +204,7 @@ impl Agent {
 
     /// Whether the agent takes no new work.
     pub fn is_stopping(&self) -> bool {
-        self.stopping
+        self.ending.is_some()
     }
 
     fn next_wait(&self) -> Duration {
@@ -240,36 +260,6 @@ impl Agent {
         }
     }
 
-    fn on_signals(&mut self) {
-        // The kernel keeps at most one of each number.
-        while let Ok(Some(signal)) = self.signals.next() {
-            if self.stopping {
-                log::info!("signal {signal}: already shutting down");
-                continue;
-            }
-            log::info!(
-                "signal {signal}: destroying what runs of {} capsules, then ending",
-                self.capsules.len()
-            );
-            self.stopping = true;
-            let at = self.ctx.now_ms() + SHUTDOWN_TIMEOUT_MS;
-            self.ctx.timers.set(TimerKey::Shutdown, at);
-            for (id, peer) in &mut self.peers {
-                peer.link.session.drain("the host agent is shutting down");
-                self.dirty.insert(Dirty::Peer(*id));
-            }
-            let keys: Vec<CapsuleKey> = self.capsules.keys().copied().collect();
-            for key in keys {
-                let Some(capsule) = self.capsules.get(&key) else { continue };
-                // What is paused, or on its way there, stays on disk for the next start.
-                let is_kept = capsule.lifecycle.has_image() || capsule.lifecycle.goal() == Goal::Paused;
-                let event =
-                    if is_kept { LifeEvent::Deadline(Failure::ShuttingDown) } else { LifeEvent::Shutdown };
-                self.apply(key, event);
-            }
-        }
-    }
-
     fn on_report(&mut self, report: Report) {
         match report {
             Report::Capsule(key, report) => {
@@ -317,11 +307,7 @@ impl Agent {
                 }
             }
             TimerKey::Sample => self.sample_usage(),
-            TimerKey::Shutdown => {
-                log::error!("{} capsules are left after the time for shutting down", self.capsules.len());
-                let left = self.capsules.values().filter(|c| c.state() != CapsuleState::Paused).count();
-                self.outcome = Some(Outcome::Remains(left));
-            }
+            TimerKey::Shutdown => self.outcome = Some(self.give_up_ending()),
             TimerKey::Capsule(key, timer) => self.on_capsule_timer(key, timer, now_ms),
         }
     }

@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::ending::Ending;
 use std::fmt;
 use std::net::SocketAddr;
 use wire::config::{Program, help};
@@ -18,6 +19,8 @@ pub enum Command {
         /// End after registering instead of serving.
         only: bool,
     },
+    /// Tell the agent that serves to end so.
+    End(Ending),
     /// Print the help.
     Help,
     /// Print the version.
@@ -84,7 +87,20 @@ pub fn parse(
     arguments: impl IntoIterator<Item = String>,
     token_in_environment: bool,
 ) -> Result<Command, UsageError> {
-    let mut arguments = arguments.into_iter();
+    let mut arguments = arguments.into_iter().peekable();
+    let order = match arguments.peek().map(String::as_str) {
+        Some("drain") => Some(Ending::Drain),
+        Some("terminate") => Some(Ending::Terminate),
+        _ => None,
+    };
+    if let Some(ending) = order {
+        arguments.next();
+        return match arguments.next() {
+            None => Ok(Command::End(ending)),
+            Some(argument) if matches!(argument.as_str(), "--help" | "-h") => Ok(Command::Help),
+            Some(argument) => Err(UsageError::Unknown(argument)),
+        };
+    }
     let (mut token, mut address, mut only) = (None, None, false);
     while let Some(argument) = arguments.next() {
         let (name, inline) = match argument.split_once('=') {
@@ -133,7 +149,11 @@ pub fn help_text() -> String {
          \n\
          usage:\n  \
            wrenn-agent                                      serve\n  \
-           wrenn-agent --register TOKEN --address IP:PORT   register this host first, then serve\n\
+           wrenn-agent --register TOKEN --address IP:PORT   register this host first, then serve\n  \
+           wrenn-agent drain                                pause all capsules and end the agent that serves\n  \
+           wrenn-agent terminate                            destroy all capsules, paused ones too, and end it\n\
+         \n\
+         An agent that is ended by SIGTERM leaves its capsules running, and the next one goes on with them.\n\
          \n\
          options:\n  \
            --register TOKEN   the one-time token that the control plane gave for this host; - reads it from\n  \
@@ -171,6 +191,10 @@ mod tests {
         );
         assert_eq!(parsed("--register x --help"), Ok(Command::Help));
         assert_eq!(parsed("-V"), Ok(Command::Version));
+        assert_eq!(parsed("drain"), Ok(Command::End(Ending::Drain)));
+        assert_eq!(parsed("terminate"), Ok(Command::End(Ending::Terminate)));
+        assert_eq!(parsed("drain now"), Err(UsageError::Unknown("now".into())));
+        assert_eq!(parsed("--register x drain"), Err(UsageError::Unknown("drain".into())));
         assert_eq!(parsed("--register"), Err(UsageError::NoValue("--register")));
         assert_eq!(parsed("--register a --register b"), Err(UsageError::Twice("--register")));
         assert_eq!(parsed("--register a"), Err(UsageError::Needs("--register", "--address IP:PORT")));
@@ -194,7 +218,16 @@ mod tests {
     #[test]
     fn the_help_names_everything() {
         let help = help_text();
-        for word in ["--register", "--address", "--register-only", "WRENN_DIR", "WRENN_CP_URL", "LOG_LEVEL"] {
+        for word in [
+            "drain",
+            "terminate",
+            "--register",
+            "--address",
+            "--register-only",
+            "WRENN_DIR",
+            "WRENN_CP_URL",
+            "LOG_LEVEL",
+        ] {
             assert!(help.contains(word), "{word}");
         }
     }

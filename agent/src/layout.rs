@@ -9,11 +9,12 @@
 //! agent.lock                                                 held by the one agent of this directory
 //! ```
 
+use crate::sys::pidfd::Process;
 use std::cmp::Ordering;
 use std::fmt;
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -29,6 +30,8 @@ pub const MAX_TEMPLATES: usize = 1024;
 /// second is more than enough.
 const LOCK_RETRY: Duration = Duration::from_millis(20);
 const LOCK_ATTEMPTS: u32 = 50;
+/// Has the number and start time of the agent that holds it.
+const LOCK_NAME: &str = "agent.lock";
 
 /// Why the data directory cannot be used.
 #[derive(Debug)]
@@ -128,6 +131,20 @@ pub struct Lock {
     _file: File,
 }
 
+/// Who has the data directory.
+#[derive(Debug)]
+pub enum Holder {
+    /// Nobody had it; now the caller has.
+    Nobody(Lock),
+    /// An agent that serves.
+    Agent {
+        /// Its number.
+        pid: u32,
+        /// When it started, in clock ticks since boot.
+        start_ticks: u64,
+    },
+}
+
 impl Layout {
     /// The layout under `root`, which must be absolute.
     pub fn new(root: impl Into<PathBuf>) -> Layout {
@@ -153,19 +170,45 @@ impl Layout {
 
     /// Takes the directory for this agent, until the lock is dropped or the process ends. Blocks.
     pub fn lock(&self) -> Result<Lock, LayoutError> {
-        let path = self.root.join("agent.lock");
+        let path = self.root.join(LOCK_NAME);
         let io = |step, source| LayoutError::Io { step, path: path.clone(), source };
         let file = File::options().create(true).truncate(false).write(true).open(&path);
         let file = file.map_err(|e| io("open the lock file", e))?;
         file.set_permissions(fs::Permissions::from_mode(0o600)).map_err(|e| io("protect", e))?;
         for _ in 0..LOCK_ATTEMPTS {
             match file.try_lock() {
-                Ok(()) => return Ok(Lock { _file: file }),
+                Ok(()) => {
+                    let holder =
+                        Process::child(std::process::id()).map_err(|e| io("look at the agent of", e))?;
+                    let text = format!("{} {}\n", holder.pid(), holder.start_ticks());
+                    let written = file.set_len(0).and_then(|()| file.write_all_at(text.as_bytes(), 0));
+                    return written.map(|()| Lock { _file: file }).map_err(|e| io("write", e));
+                }
                 Err(TryLockError::WouldBlock) => thread::sleep(LOCK_RETRY),
                 Err(TryLockError::Error(e)) => return Err(io("lock", e)),
             }
         }
         Err(LayoutError::InUse(self.root.clone()))
+    }
+
+    /// Who has the directory. Blocks.
+    pub fn holder(&self) -> Result<Holder, LayoutError> {
+        match self.lock() {
+            Ok(lock) => return Ok(Holder::Nobody(lock)),
+            Err(LayoutError::InUse(_)) => {}
+            Err(e) => return Err(e),
+        }
+        let path = self.root.join(LOCK_NAME);
+        let text = fs::read_to_string(&path).map_err(|source| LayoutError::Io {
+            step: "read",
+            path: path.clone(),
+            source,
+        })?;
+        let (pid, ticks) = text.trim().split_once(' ').unwrap_or_default();
+        match (pid.parse(), ticks.parse()) {
+            (Ok(pid), Ok(start_ticks)) => Ok(Holder::Agent { pid, start_ticks }),
+            _ => Err(LayoutError::InUse(self.root.clone())),
+        }
     }
 
     /// The data directory itself.

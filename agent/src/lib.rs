@@ -2,7 +2,8 @@
 //!
 //! - [`cli`], [`config`], [`layout`]: what the operator says and what is on disk
 //! - [`startup`]: from there to a running agent
-//! - [`agent`]: the event loop; [`context`]: what all its parts share
+//! - [`agent`]: the event loop; [`context`]: what all its parts share; [`ending`]: how it ends
+//! - [`orders`]: telling it to
 //! - [`sessions`], [`service`], [`forward`]: what it does for a control plane, over wire sessions
 //! - [`registration`], [`cp_client`]: how the control plane knows of this host
 //! - [`capsule`]: one microVM with everything that belongs to it
@@ -21,10 +22,12 @@ pub mod config;
 pub mod context;
 pub mod cp_client;
 pub mod disk;
+pub mod ending;
 pub mod forward;
 pub mod layout;
 pub mod metrics;
 pub mod net;
+pub mod orders;
 pub mod registration;
 pub mod service;
 pub mod sessions;

@@ -7,6 +7,7 @@ use wire::config::{Program, Settings};
 use wrenn_agent::agent::Outcome;
 use wrenn_agent::cli::{self, Command, TokenSource};
 use wrenn_agent::config::Config;
+use wrenn_agent::orders;
 use wrenn_agent::startup::{self, StartError};
 
 /// A usage or configuration error, as sysexits.h numbers it.
@@ -40,7 +41,7 @@ fn main() -> ExitCode {
     match run(command, config, environment_token) {
         Ok(Outcome::Clean) => ExitCode::SUCCESS,
         Ok(Outcome::Remains(count)) => {
-            eprintln!("wrenn-agent: {count} capsules are left; the next start clears them away");
+            eprintln!("wrenn-agent: {count} capsules are not as they were to be; the log says why");
             ExitCode::FAILURE
         }
         Err(e) => {
@@ -51,7 +52,7 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command, config: Config, environment_token: Option<String>) -> Result<Outcome, StartError> {
-    if let Command::Register { token, address, only } = command {
+    if let Command::Register { token, address, only } = command.clone() {
         let token = match token {
             TokenSource::Argument(token) => token,
             TokenSource::Stdin => read_token()?,
@@ -62,7 +63,10 @@ fn run(command: Command, config: Config, environment_token: Option<String>) -> R
             return Ok(Outcome::Clean);
         }
     }
-    startup::serve(config)
+    match command {
+        Command::End(ending) => orders::give(&config, ending),
+        _ => startup::serve(config),
+    }
 }
 
 fn read_token() -> Result<String, StartError> {

@@ -447,7 +447,9 @@ impl Agent {
                 Greeting::Pending => {}
                 Greeting::Prepared => capsule.on_prepared(&mut self.ctx),
                 Greeting::Welcome => {
-                    self.apply(key, LifeEvent::Made(Part::Guest));
+                    if let Some(event) = capsule.on_welcome(&mut self.ctx) {
+                        self.apply(key, event);
+                    }
                 }
                 Greeting::Refused(reason) if capsule.state() == CapsuleState::Running => {
                     self.lose_guest(key, reason);

@@ -39,7 +39,7 @@ impl Agent {
                     return;
                 }
             };
-            if self.stopping {
+            if self.is_stopping() {
                 log::debug!("connection from {address} refused: shutting down");
                 continue;
             }

@@ -2,12 +2,13 @@
 //! first, then what takes the directory, then what changes the host.
 
 use crate::agent::{Agent, Outcome, Parts};
-use crate::capsule::recovery::{RecoveryError, recover};
+use crate::capsule::recovery::{RecoveryError, Take, recover};
 use crate::config::Config;
 use crate::context::{Context, Host};
 use crate::cp_client::HostFacts;
 use crate::disk::dm::guard::Guard;
 use crate::disk::{Backend, DiskError};
+use crate::ending::Ending;
 use crate::layout::{Layout, LayoutError, Lock};
 use crate::net::{NetError, Slot, SlotAllocator, existing_slots, host};
 use crate::registration::{self, Credentials, CredentialsError, Registration};
@@ -61,6 +62,10 @@ pub enum StartError {
     NoControlPlane,
     /// Registering failed; a text for a person.
     Register(String),
+    /// No agent serves this directory.
+    NotServing(PathBuf),
+    /// An agent was told to end and has not.
+    StillServes(u32),
 }
 
 impl fmt::Display for StartError {
@@ -78,6 +83,17 @@ impl fmt::Display for StartError {
                  http://10.0.0.1:8000",
             ),
             StartError::Register(text) => f.write_str(text),
+            StartError::NotServing(directory) => write!(
+                f,
+                "no wrenn-agent serves {}; start it (or set WRENN_DIR to the directory of the one that is meant)",
+                directory.display()
+            ),
+            StartError::StillServes(pid) => {
+                write!(
+                    f,
+                    "the agent, process {pid}, was told to end and has not; its log says what it waits for"
+                )
+            }
         }
     }
 }
@@ -96,9 +112,15 @@ macro_rules! from {
 from!(LayoutError => Layout, CredentialsError => Credentials, VmmError => Vmm, DiskError => Disk,
       NetError => Net, RecoveryError => Recovery);
 
+impl StartError {
+    pub(crate) fn system(step: impl Into<String>) -> impl FnOnce(io::Error) -> StartError {
+        let step = step.into();
+        move |source| StartError::System { step, source }
+    }
+}
+
 fn system(step: impl Into<String>) -> impl FnOnce(io::Error) -> StartError {
-    let step = step.into();
-    move |source| StartError::System { step, source }
+    StartError::system(step)
 }
 
 /// Registers this host and saves its credentials. Blocks.
@@ -130,7 +152,7 @@ pub fn register(config: &Config, token: &str, address: SocketAddr) -> Result<(),
 /// Everything that a person has to mend.
 pub fn serve(config: Config) -> Result<Outcome, StartError> {
     // Before the first thread, so that none of them takes a signal.
-    let signals = Signals::termination().map_err(system("taking signals"))?;
+    let signals = Signals::of(&Ending::SIGNALS).map_err(system("taking signals"))?;
     let layout = Layout::new(&config.directory);
     layout.prepare()?;
     let _lock: Lock = layout.lock()?;
@@ -149,7 +171,7 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
     if open_files < FEW_OPEN_FILES {
         log::warn!("only {open_files} open files are allowed: set LimitNOFILE= or `ulimit -n` higher");
     }
-    let cleared = recover(&layout)?;
+    let found = recover(&layout, Take::Over)?;
     let _guard = match disks {
         Backend::DeviceMapper => {
             Some(Guard::start(&layout.sandboxes()).map_err(system("watching the disks"))?)
@@ -158,8 +180,9 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
     };
     host::install(true)?;
     snapshots::clear_drafts(&layout);
-    let paused = cleared.paused;
-    let kept = paused.iter().map(|left| left.slot).chain(cleared.left.iter().filter_map(|(_, slot)| *slot));
+    let kept = found.paused.iter().map(|left| left.slot);
+    let kept = kept.chain(found.running.iter().map(|left| left.network.slot()));
+    let kept = kept.chain(found.left.iter().filter_map(|(_, slot)| *slot));
     let slots = free_slots(&config, kept)?;
     let listener = TcpListener::bind(config.listen_address).map_err(system(format!(
         "listening on {} (set WRENN_HOST_LISTEN_ADDR to another address)",
@@ -201,7 +224,7 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
     let context = Context::new(host, registry, workers, slots);
     let parts = Parts { context, poll, listener, signals, registration, verifier };
     let mut agent = Agent::new(parts).map_err(system("watching the listener and signals"))?;
-    agent.take_over(paused);
+    agent.take_over(found.paused, found.running);
     let outcome = agent.run().map_err(system("the event loop"))?;
     match host::remove_if_unused() {
         Ok(_) => {}

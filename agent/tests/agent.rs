@@ -500,17 +500,3 @@ fn a_guest_whose_kernel_panics_is_a_clear_error_at_once() {
     assert_eq!(place.remains(), Vec::<String>::new());
     assert!(agent.terminate().success());
 }
-
-#[test]
-fn a_running_capsule_of_a_killed_agent_is_cleared_away() {
-    let Some(guest) = guest_directory() else { return };
-    let place = Place::with_guest(10, &guest);
-    let mut agent = Agent::start(&place);
-    agent.client().create("cl-orphan").expect("created");
-    agent.child.kill().expect("killed");
-    agent.wait();
-    assert_eq!(place.machines().len(), 1, "the machine outlives its agent");
-    let agent = Agent::start(&place);
-    assert_eq!(place.remains(), Vec::<String>::new());
-    assert!(agent.terminate().success());
-}

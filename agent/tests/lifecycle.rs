@@ -103,7 +103,7 @@ fn a_paused_capsule_survives_its_agent() {
         resume(&mut cp, "cl-kept").expect("resumed");
         assert_eq!(shell(&mut cp, "cl-kept", "cat /dev/shm/file"), "in-memory");
         pause(&mut cp, "cl-kept").expect("paused again");
-        assert!(agent.terminate().success());
+        assert!(agent.hand_over().success());
         assert_eq!(place.remains(), ["sandboxes/cl-kept"]);
     }
     let agent = Agent::start(&place);

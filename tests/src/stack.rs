@@ -18,6 +18,8 @@ pub const ADMIN_EMAIL: &str = "admin@example.com";
 /// Where a stack that is left running writes down its facts, secrets among them.
 const SAVED: &str = "stack.json";
 const START_LIMIT: Duration = Duration::from_secs(60);
+/// The signal at which an agent destroys all capsules, as `wrenn-agent terminate` sends it.
+const TERMINATE: i32 = libc::SIGUSR2;
 
 /// What a stack is made of.
 #[derive(Debug, Clone)]
@@ -287,9 +289,23 @@ impl Stack {
         self.anonymous().with_header("X-API-Key", &self.api_key)
     }
 
-    /// Stops everything, the agent first so that it destroys its capsules.
+    /// Has every capsule of this stack destroyed and the agent ended, whether one serves or not.
+    pub fn terminate(&mut self) -> Result<()> {
+        if !self.data().join("host-token").exists() {
+            return Ok(());
+        }
+        // A child that has ended is only gone once it is waited for.
+        let agent = self.agent.take();
+        let ended =
+            agent.map_or(Ok(()), |mut agent| if agent.has_ended() { Ok(()) } else { agent.end(TERMINATE) });
+        let done =
+            run(&mut self.command("wrenn-agent", &["terminate"]), None).context("wrenn-agent terminate");
+        ended.and(done.map(drop))
+    }
+
+    /// Stops everything, the agent first with its capsules.
     pub fn stop(&mut self) -> Result<()> {
-        let agent = self.stop_agent(libc::SIGTERM);
+        let agent = self.terminate();
         let cp = self.stop_cp();
         let postgres = self.postgres.stop();
         agent.and(cp).and(postgres)
@@ -346,9 +362,13 @@ impl Stack {
 
     /// Ends what an earlier run left, the agent first, and removes the directory.
     pub fn stop_and_remove(self) -> Result<()> {
-        for (name, signal) in [("agent", libc::SIGTERM), ("cp", libc::SIGTERM), ("postgres", libc::SIGINT)] {
+        for (name, signal) in [("agent", TERMINATE), ("cp", libc::SIGTERM), ("postgres", libc::SIGINT)] {
             if let Some(pid) = Pid::load(&self.directory.join(format!("{name}.pid"))) {
                 pid.end(signal).context(format!("stop {name}"))?;
+            }
+            if name == "agent" && self.data().join("host-token").exists() {
+                // One that was killed has left its capsules running.
+                run(&mut self.command("wrenn-agent", &["terminate"]), None)?;
             }
         }
         fs::remove_dir_all(&self.directory).context(self.directory.display())

@@ -2,6 +2,7 @@
 //! whose report comes back as an event.
 
 use super::failure::Failure;
+use super::journal::{self, Phase, Step};
 use super::lifecycle::{Event, Goal, Part};
 use super::machine::{KILL_TIMEOUT_MS, MachineFailure};
 use super::saving::{RestoreReport, SaveReport, SnapshotReport};
@@ -44,6 +45,10 @@ pub enum CapsuleReport {
     SnapshotMade(Box<SnapshotReport>),
     /// The machine goes on from its image, or the capsule is still paused.
     Restored(Box<RestoreReport>),
+    /// It is in the journal that the guest daemon has answered.
+    ReadyNoted(io::Result<()>),
+    /// It is in the journal that the capsule is to go.
+    EndNoted(io::Result<()>),
 }
 
 /// Why there is no network.
@@ -84,17 +89,20 @@ impl Capsule {
                 self.submit(ctx, move || {
                     let create =
                         |base: &Path| backend.create(&DiskSpec { base, directory: &directory, size_bytes });
-                    CapsuleReport::DiskMade(if of_snapshot {
-                        link_disk(&base, &directory)
-                            .map_err(|source| DiskError::System {
-                                step: "linking",
-                                path: base.clone(),
-                                source,
-                            })
-                            .and_then(|link| create(&link))
-                    } else {
-                        create(&base)
-                    })
+                    let failed = |step, path: &Path| {
+                        let path = path.to_owned();
+                        move |source| DiskError::System { step, path, source }
+                    };
+                    let note = |phase| {
+                        let noted = journal::append(&directory, Step::Disk, phase, None);
+                        noted.map_err(failed("noting a disk in the journal of", &directory))
+                    };
+                    let base = note(Phase::Begin).and_then(|()| match of_snapshot {
+                        true => link_disk(&base, &directory).map_err(failed("linking", &base)),
+                        false => Ok(base.clone()),
+                    });
+                    let made = base.and_then(|base| create(&base));
+                    CapsuleReport::DiskMade(made.and_then(|disk| note(Phase::Done).map(|()| disk)))
                 });
                 None
             }
@@ -119,14 +127,24 @@ impl Capsule {
         let (record, directory) = (self.record.clone(), self.directory.clone());
         let wanted = self.policy.clone();
         self.submit(ctx, move || {
-            CapsuleReport::NetworkMade(
-                record
-                    .write(&directory)
-                    // A capsule that was there before has what was last asked for.
-                    .and_then(|()| wanted.load_or_save(&directory))
-                    .map_err(NetworkFailure::Record)
-                    .and_then(|policy| CapsuleNetwork::create(slot, &policy).map_err(NetworkFailure::Net)),
-            )
+            let begun = record
+                .note(&directory, Step::Network, Phase::Begin)
+                // A capsule that was there before has what was last asked for.
+                .and_then(|()| wanted.load_or_save(&directory))
+                .map_err(NetworkFailure::Record);
+            let made =
+                begun.and_then(|policy| CapsuleNetwork::create(slot, &policy).map_err(NetworkFailure::Net));
+            CapsuleReport::NetworkMade(made.and_then(|made| {
+                match journal::append(&directory, Step::Network, Phase::Done, None) {
+                    Ok(()) => Ok(made),
+                    Err(e) => {
+                        if let Err(e) = made.0.destroy() {
+                            log::error!("capsule {}: removing its network: {e}", record.capsule_id);
+                        }
+                        Err(NetworkFailure::Record(e))
+                    }
+                }
+            }))
         });
     }
 
@@ -139,27 +157,29 @@ impl Capsule {
             }
             Part::Machine => {
                 self.close_metadata(ctx);
-                let Some(machine) = &mut self.machine else { return Some(Event::Removed(part)) };
-                if let Err(e) = machine.kill() {
-                    return Some(remove_failed(part, e));
+                if self.machine.is_none() {
+                    return Some(Event::Removed(part));
                 }
-                // A process that waits for a full disk cannot end. One that was saved waits for nothing, and
-                // its disk is needed.
-                if self.record.image.is_none()
-                    && let Err(e) = disk::release(&self.directory)
-                {
-                    log::warn!("capsule {}: releasing its disk: {e}", self.spec.id);
+                if self.lifecycle.goal() == Goal::Down && !self.record.destroying {
+                    // An agent after this one must not take over what is being destroyed.
+                    self.record.destroying = true;
+                    let (record, directory) = (self.record.clone(), self.directory.clone());
+                    self.submit(ctx, move || {
+                        CapsuleReport::EndNoted(record.note(&directory, Step::Destroy, Phase::Begin))
+                    });
+                    return None;
                 }
-                self.set_timer(ctx, CapsuleTimer::Kill, KILL_TIMEOUT_MS);
-                // It may have ended already, and its event may have been seen.
-                self.reap(ctx)
+                self.kill_machine(ctx)
             }
             Part::Network => {
                 self.tap = None;
                 self.close_metadata(ctx);
+                let directory = self.directory.clone();
                 match (self.network.take(), self.slot) {
                     (Some(network), _) => {
-                        self.submit(ctx, move || CapsuleReport::NetworkRemoved(network.destroy()));
+                        self.submit(ctx, move || {
+                            CapsuleReport::NetworkRemoved(remove_noted(&directory, || network.destroy()))
+                        });
                     }
                     // An earlier try took it and did not get through.
                     (None, Some(slot)) => self.submit(ctx, move || {
@@ -171,11 +191,22 @@ impl Capsule {
             }
             Part::Disk => {
                 let directory = self.directory.clone();
-                match self.disk.take() {
-                    Some(disk) => self.submit(ctx, move || CapsuleReport::DiskRemoved(disk.remove())),
+                // A paused capsule has no machine whose end would have been noted.
+                let was_noted = std::mem::replace(&mut self.record.destroying, true);
+                let (record, disk) = (self.record.clone(), self.disk.take());
+                self.submit(ctx, move || {
+                    if !was_noted && let Err(e) = record.note(&directory, Step::Destroy, Phase::Begin) {
+                        log_unnoted(&record.capsule_id, &e);
+                    }
+                    if let Err(e) = journal::append(&directory, Step::RemoveDisk, Phase::Begin, None) {
+                        log_unnoted(&record.capsule_id, &e);
+                    }
                     // Where an earlier try did not get through, the files go with the directory.
-                    None => self.submit(ctx, move || CapsuleReport::DiskRemoved(disk::clear(&directory))),
-                }
+                    CapsuleReport::DiskRemoved(match disk {
+                        Some(disk) => disk.remove(),
+                        None => disk::clear(&directory),
+                    })
+                });
                 None
             }
             Part::Record => {
@@ -184,6 +215,24 @@ impl Capsule {
                 None
             }
         }
+    }
+
+    fn kill_machine(&mut self, ctx: &mut Context) -> Option<Event> {
+        let part = Part::Machine;
+        let Some(machine) = &mut self.machine else { return Some(Event::Removed(part)) };
+        if let Err(e) = machine.kill() {
+            return Some(remove_failed(part, e));
+        }
+        // A process that waits for a full disk cannot end. One that was saved waits for nothing, and its disk
+        // is needed.
+        if self.record.image.is_none()
+            && let Err(e) = disk::release(&self.directory)
+        {
+            log::warn!("capsule {}: releasing its disk: {e}", self.spec.id);
+        }
+        self.set_timer(ctx, CapsuleTimer::Kill, KILL_TIMEOUT_MS);
+        // It may have ended already, and its event may have been seen.
+        self.reap(ctx)
     }
 
     /// Takes a job's report. The events are in their order.
@@ -239,7 +288,36 @@ impl Capsule {
                 })
             }
             CapsuleReport::Restored(report) => Some(self.on_restored(ctx, *report)),
+            CapsuleReport::ReadyNoted(Ok(())) => {
+                self.record.ready = true;
+                Some(Event::Made(Part::Guest))
+            }
+            CapsuleReport::ReadyNoted(Err(e)) => Some(Event::GuestRefused(Failure::Make {
+                part: Part::Record,
+                reason: format!("noting in its journal that it runs: {e}"),
+            })),
+            CapsuleReport::EndNoted(result) => {
+                if let Err(e) = result {
+                    log_unnoted(&self.spec.id, &e);
+                }
+                self.kill_machine(ctx)
+            }
         }
+    }
+
+    /// The guest daemon is well. Whoever asked for the capsule is told only when the next agent would know
+    /// as well that it runs.
+    pub fn on_welcome(&mut self, ctx: &mut Context) -> Option<Event> {
+        if self.record.ready {
+            return Some(Event::Made(Part::Guest));
+        }
+        self.record.kept.envd_version.clone_from(&self.envd_version);
+        let (mut record, directory) = (self.record.clone(), self.directory.clone());
+        record.ready = true;
+        self.submit(ctx, move || {
+            CapsuleReport::ReadyNoted(record.note(&directory, Step::Ready, Phase::Done))
+        });
+        None
     }
 
     fn on_record_made(&mut self, ctx: &mut Context, result: io::Result<()>) -> Event {
@@ -348,6 +426,24 @@ impl Capsule {
     }
 }
 
+/// A full disk must not keep a capsule from being destroyed.
+fn log_unnoted(id: &str, error: &io::Error) {
+    log::warn!("capsule {id}: its end is not in its journal: {error}");
+}
+
+/// Takes a network away, with a note before and after.
+fn remove_noted(directory: &Path, remove: impl FnOnce() -> Result<(), NetError>) -> Result<(), NetError> {
+    let note = |phase| {
+        if let Err(e) = journal::append(directory, Step::RemoveNetwork, phase, None) {
+            log::warn!("{}: noting the removal of its network: {e}", directory.display());
+        }
+    };
+    note(Phase::Begin);
+    remove()?;
+    note(Phase::Done);
+    Ok(())
+}
+
 pub(super) fn make_failed(part: Part, reason: impl ToString) -> Event {
     Event::MakeFailed(part, Failure::Make { part, reason: reason.to_string() })
 }
@@ -377,6 +473,8 @@ impl CapsuleReport {
             CapsuleReport::SnapshotMade(_) => "snapshot made",
             CapsuleReport::NotSaved => "not saved",
             CapsuleReport::Restored(_) => "restored",
+            CapsuleReport::ReadyNoted(_) => "ready noted",
+            CapsuleReport::EndNoted(_) => "end noted",
         }
     }
 }

@@ -279,6 +279,16 @@ impl Lifecycle {
         life
     }
 
+    /// A capsule that an earlier agent has left running; its guest daemon has to be reached anew, which any
+    /// event begins.
+    pub fn running() -> Lifecycle {
+        let mut life = Lifecycle { creating: false, was_ready: true, ..Lifecycle::new() };
+        for part in [Part::Record, Part::Network, Part::Disk, Part::Machine] {
+            life.set(part, Presence::Present);
+        }
+        life
+    }
+
     /// How far a part is.
     pub fn presence(&self, part: Part) -> Presence {
         self.parts[part as usize]
@@ -342,6 +352,16 @@ impl Lifecycle {
     /// Whether there is an image that the machine is to be made of.
     pub fn has_image(&self) -> bool {
         self.image
+    }
+
+    /// Whether an agent after this one could go on with it as it is: nothing of it is being made, written or
+    /// removed. Its guest daemon may have to be reached, which the next one has to do anyway.
+    pub fn is_settled(&self) -> bool {
+        let lasting = PARTS.into_iter().filter(|part| *part != Part::Guest);
+        let moving = |part| matches!(self.presence(part), Presence::Making | Presence::Removing);
+        let is_still =
+            !self.creating && !self.saving && self.work.is_none() && !lasting.into_iter().any(moving);
+        is_still && (self.goal != Goal::Down || self.is_down() || self.gave_up)
     }
 
     /// Whether nothing of it exists.

@@ -2,6 +2,7 @@
 
 use super::executor::{CapsuleReport, make_failed, remove_failed};
 use super::failure::Failure;
+use super::journal::{self, Phase, Step};
 use super::lifecycle::{Event, Part};
 use super::metadata::MetadataService;
 use super::record::{ProcessRecord, Record};
@@ -47,22 +48,11 @@ impl fmt::Display for MachineFailure {
 
 impl Capsule {
     pub(super) fn make_machine(&mut self, ctx: &mut Context) -> Result<(), String> {
+        // The metadata service has to answer before the guest asks.
+        self.open_metadata(ctx)?;
         let (Some(network), Some(tap), Some(disk)) = (&self.network, self.tap.take(), &self.disk) else {
             return Err("its network or its disk is not there".into());
         };
-        // The metadata service has to answer before the guest asks.
-        let mut listener = network.metadata_listener().map_err(|e| e.to_string())?;
-        let token = ctx
-            .watch(&mut listener, LoopSource::Capsule(self.key, Source::Metadata))
-            .map_err(|e| format!("watching the metadata listener: {e}"))?;
-        let verifier = Verifier::new(&self.secret, &random_bytes::<16>(), ITERATIONS);
-        let document = serde_json::json!({
-            "instanceID": self.spec.id,
-            "envID": self.spec.template,
-            "accessTokenHash": verifier.to_text(),
-        });
-        self.metadata = Some(MetadataService::new(listener, token, Endpoint::new(document)));
-
         let resolv_conf = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
         let dns = guest_name_server(ctx.host.config.guest_dns, &resolv_conf);
         let spec = MachineSpec {
@@ -97,7 +87,10 @@ impl Capsule {
             return Ok(());
         }
         self.submit(ctx, move || {
-            let started = qemu.start(&spec, tap, namespace.as_fd()).map_err(MachineFailure::Vmm);
+            let begun = journal::append(&directory, Step::Machine, Phase::Begin, None);
+            let started = begun
+                .map_err(MachineFailure::Record)
+                .and_then(|()| qemu.start(&spec, tap, namespace.as_fd()).map_err(MachineFailure::Vmm));
             CapsuleReport::MachineMade(started.and_then(|machine| {
                 let (pid, start_ticks) = (machine.pid(), machine.start_ticks());
                 record.machine = Some(ProcessRecord { pid, start_ticks });
@@ -105,6 +98,33 @@ impl Capsule {
             }))
         });
         Ok(())
+    }
+
+    fn open_metadata(&mut self, ctx: &mut Context) -> Result<(), String> {
+        let Some(network) = &self.network else { return Err("its network is not there".into()) };
+        let mut listener = network.metadata_listener().map_err(|e| e.to_string())?;
+        let token = ctx
+            .watch(&mut listener, LoopSource::Capsule(self.key, Source::Metadata))
+            .map_err(|e| format!("watching the metadata listener: {e}"))?;
+        let verifier = Verifier::new(&self.secret, &random_bytes::<16>(), ITERATIONS);
+        let document = serde_json::json!({
+            "instanceID": self.spec.id,
+            "envID": self.spec.template,
+            "accessTokenHash": verifier.to_text(),
+        });
+        self.metadata = Some(MetadataService::new(listener, token, Endpoint::new(document)));
+        Ok(())
+    }
+
+    /// Takes over the machine that an agent before this one has started.
+    ///
+    /// # Errors
+    /// There is no metadata service; the guest daemon asks it only when it starts or goes on.
+    pub fn adopt_machine(&mut self, ctx: &mut Context) -> Result<(), String> {
+        if let Some(machine) = self.machine.take() {
+            self.watch_new_machine(ctx, machine);
+        }
+        self.open_metadata(ctx)
     }
 
     pub(super) fn on_machine_made(
@@ -258,7 +278,7 @@ fn record_or_kill(
     record: &Record,
     directory: &Path,
 ) -> Result<Machine, MachineFailure> {
-    match record.write(directory) {
+    match record.note(directory, Step::Machine, Phase::Done) {
         Ok(()) => Ok(machine),
         Err(e) => {
             if let Err(e) = machine.kill().and_then(|()| machine.wait(KILL_TIMEOUT_MS as i32).map(|_| ())) {

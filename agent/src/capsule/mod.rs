@@ -9,10 +9,12 @@
 //! - `guest`: the way to the guest daemon
 //! - `watch`: changing what it may reach, and what it uses
 //! - [`metadata`]: the guest's metadata service
-//! - [`record`]: what a capsule owns, on disk
-//! - [`recovery`]: clearing away what an agent that died has left
+//! - [`record`]: what a capsule owns
+//! - [`journal`]: what was intended and done, on disk
+//! - [`recovery`]: going on with what an agent before this one has left, and clearing away the rest
 
 pub mod failure;
+pub mod journal;
 pub mod lifecycle;
 pub mod metadata;
 pub mod record;
@@ -27,7 +29,7 @@ mod watch;
 
 pub use executor::CapsuleReport;
 pub use guest::{Greeting, GuestLink, GuestSession};
-pub use recovery::LeftPaused;
+pub use recovery::{LeftPaused, LeftRunning};
 pub use spec::{Spec, SpecError};
 
 use crate::context::{Context, PeerId, TimerKey};
@@ -174,6 +176,8 @@ impl Capsule {
             image: None,
             base: None,
             generation: 0,
+            ready: false,
+            destroying: false,
             kept: Kept::new(&spec, &secret),
         };
         Capsule::with(key, spec, directory, slot, now_ms, record, secret)
@@ -190,10 +194,32 @@ impl Capsule {
         let LeftPaused { record, slot, disk } = left;
         let mut capsule = Capsule::with(key, spec, directory, slot, now_ms, record, secret);
         capsule.lifecycle = Lifecycle::paused();
-        capsule.disk_mb = u32::try_from(disk.virtual_bytes().div_ceil(MIB)).unwrap_or(u32::MAX);
-        capsule.disk = Some(disk);
-        capsule.envd_version = capsule.record.kept.envd_version.clone();
+        capsule.take_disk(disk);
         capsule
+    }
+
+    /// A capsule that an earlier agent has left running. [`Capsule::adopt_machine`] follows.
+    pub fn left_running(
+        key: CapsuleKey,
+        (spec, secret): (Spec, Vec<u8>),
+        directory: PathBuf,
+        left: LeftRunning,
+        now_ms: u64,
+    ) -> Capsule {
+        let LeftRunning { record, network, disk, machine } = left;
+        let mut capsule = Capsule::with(key, spec, directory, network.slot(), now_ms, record, secret);
+        capsule.lifecycle = Lifecycle::running();
+        capsule.take_disk(disk);
+        capsule.network = Some(network);
+        capsule.machine = Some(machine);
+        capsule
+    }
+
+    fn take_disk(&mut self, disk: Box<dyn Disk>) {
+        self.disk_mb = u32::try_from(disk.virtual_bytes().div_ceil(MIB)).unwrap_or(u32::MAX);
+        self.record.kept.disk_mb = self.disk_mb;
+        self.disk = Some(disk);
+        self.envd_version.clone_from(&self.record.kept.envd_version);
     }
 
     fn with(

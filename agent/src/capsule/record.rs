@@ -1,13 +1,10 @@
-//! What a capsule owns on this host, written down before it is made: one small file in the capsule's
-//! directory. An agent that finds it at its start knows what an agent that died has left behind.
-//!
-//! A record is written whole to a new file and renamed over the old one, so there is always one whole
-//! record. Before a step that makes something, the record names it; what it names may therefore not exist.
+//! What a capsule owns on this host, as its [`journal`](super::journal) has it. Before a step that makes
+//! something, the record names it; what it names may therefore not exist.
 
+use super::journal::{self, Phase, Step};
 use super::spec::Spec;
 use crate::net::slot::Slot;
 use crate::vmm::Image;
-use crate::whole_file;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -17,10 +14,9 @@ use wire::base64;
 use wire::codec::Bytes;
 
 /// The version of the form below. Older ones are read, newer ones are not touched.
-pub const VERSION: u32 = 2;
-/// The longest record that is read, in bytes: the environment in base64 is most of it.
+pub const VERSION: u32 = 3;
+/// The longest record, in bytes: the environment in base64 is most of it.
 pub const MAX_RECORD_BYTES: u64 = 262_144;
-const FILE_NAME: &str = "record.json";
 
 /// A process, told apart from a later one with the same number by its start time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,6 +55,13 @@ pub struct Record {
     /// The generation of the files of the last attempt to save it.
     #[serde(default)]
     pub generation: u64,
+    /// Whether its guest daemon has answered, so that somebody relies on it. One that was never ready is
+    /// cleared away by the next agent, as whoever asked for it was told nothing.
+    #[serde(default)]
+    pub ready: bool,
+    /// Whether it is being destroyed, or has ended.
+    #[serde(default)]
+    pub destroying: bool,
     /// What an agent after this one needs to go on with it.
     #[serde(default)]
     pub kept: Kept,
@@ -125,34 +128,30 @@ impl Record {
         Some((spec, secret))
     }
 
-    /// Makes the capsule's directory with this record. Blocks.
+    /// Makes the capsule's directory with a journal that begins with this record. Blocks.
     ///
     /// # Errors
     /// `AlreadyExists` when there is such a directory; it is then left alone.
     pub fn create(&self, directory: &Path) -> io::Result<()> {
         DirBuilder::new().mode(0o700).create(directory)?;
-        self.write(directory).inspect_err(|_| {
+        journal::begin(directory, Step::Create, Phase::Done, self).inspect_err(|_| {
             // The failure to write is the one to tell; an empty directory is cleared at the next start.
             let _ = fs::remove_dir_all(directory);
         })
     }
 
-    /// Replaces the record in the capsule's directory. Blocks until it is on disk.
-    pub fn write(&self, directory: &Path) -> io::Result<()> {
-        whole_file::replace(&directory.join(FILE_NAME), &serde_json::to_vec(self)?, 0o600)
+    /// Notes in the journal where a step is, and that from there on this is what the capsule owns. Blocks.
+    pub fn note(&self, directory: &Path, step: Step, phase: Phase) -> io::Result<()> {
+        journal::append(directory, step, phase, Some(self))
     }
 
-    /// The record in a capsule's directory; `None` when there is none yet. Blocks.
-    pub fn read(directory: &Path) -> io::Result<Option<Record>> {
-        let Some(text) = whole_file::read(&directory.join(FILE_NAME), MAX_RECORD_BYTES, "record")? else {
-            return Ok(None);
-        };
-        let record: Record = serde_json::from_slice(&text)?;
-        if !(1..=VERSION).contains(&record.version) {
-            let text = format!("the record has version {}, this agent knows 1 to {VERSION}", record.version);
-            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+    /// Whether this agent knows the form of it.
+    pub(super) fn check_version(&self) -> io::Result<()> {
+        if (1..=VERSION).contains(&self.version) {
+            return Ok(());
         }
-        Ok(Some(record))
+        let text = format!("the record has version {}, this agent knows 1 to {VERSION}", self.version);
+        Err(io::Error::new(io::ErrorKind::InvalidData, text))
     }
 }
 
@@ -167,10 +166,10 @@ pub fn remove(directory: &Path) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn record() -> Record {
+    pub fn record() -> Record {
         Record {
             version: VERSION,
             capsule_id: "cl-1".into(),
@@ -183,6 +182,8 @@ mod tests {
             image: Some(Image { memory: 1, delta: Some(2), state: 2 }),
             base: None,
             generation: 2,
+            ready: true,
+            destroying: false,
             kept: Kept {
                 secret: "AQID".into(),
                 environment: vec![("QQ==".into(), "/w==".into())],
@@ -200,29 +201,22 @@ mod tests {
         assert_eq!(spec.environment, [(Bytes(b"A".to_vec()), Bytes(vec![0xff]))]);
         let old = r#"{"version":1,"capsule_id":"cl-1","template":"t","vcpus":1,"memory_mb":256,"uid":7,"slot":null,"machine":null}"#;
         let old: Record = serde_json::from_str(old).expect("an older agent's");
-        assert!(old.spec(9).is_none() && old.image.is_none());
+        assert!(old.spec(9).is_none() && old.image.is_none() && !old.ready);
     }
 
     #[test]
-    fn a_record_is_written_replaced_read_and_removed() {
+    fn a_directory_is_made_noted_in_and_removed() {
         let directory = std::env::temp_dir().join(format!("wrenn-record-{}", std::process::id()));
-        assert!(Record::read(&directory).expect("no directory").is_none());
+        assert!(journal::read(&directory).expect("no directory").is_none());
         let mut record = record();
         record.create(&directory).expect("created");
         assert_eq!(record.create(&directory).map_err(|e| e.kind()), Err(io::ErrorKind::AlreadyExists));
         record.slot = Some(7);
         record.machine = Some(ProcessRecord { pid: 1, start_ticks: 2 });
-        record.write(&directory).expect("written");
-        let read = Record::read(&directory).expect("read").expect("there");
-        assert_eq!(read, record);
-        assert_eq!(read.slot().map(Slot::index), Some(7));
-        for bad in ["", "{", "{\"version\":1}", "[]"] {
-            fs::write(directory.join(FILE_NAME), bad).expect("written");
-            assert!(Record::read(&directory).is_err(), "{bad:?}");
-        }
-        record.version = VERSION + 1;
-        record.write(&directory).expect("written");
-        assert!(Record::read(&directory).is_err());
+        record.note(&directory, Step::Machine, Phase::Done).expect("noted");
+        let read = journal::read(&directory).expect("read").expect("there");
+        assert_eq!((&read.record, read.last), (&record, (Step::Machine, Phase::Done)));
+        assert_eq!(read.record.slot().map(Slot::index), Some(7));
         remove(&directory).expect("removed");
         remove(&directory).expect("removed again");
         assert!(!directory.exists());

@@ -1,14 +1,16 @@
-//! At the start of the agent: clears away what an agent that died has left, as its records name it, and
-//! nothing else. Paused capsules stay.
+//! At the start of the agent: goes on with what one before it has left, as the capsules' journals have it.
+//! What runs is adopted, what is paused is kept, what was half made or half taken away is cleared away, and
+//! what no journal names is left alone.
 
+use super::journal::{self, History, Phase, Step};
 use super::record::{self, Record};
 use crate::disk::{self, Backend, Disk, DiskError};
 use crate::layout::{Layout, is_capsule_id};
-use crate::net::netns;
 use crate::net::slot::Slot;
-use crate::net::{NetError, destroy_remains};
+use crate::net::{CapsuleNetwork, NetError, Policy, destroy_remains, netns};
 use crate::sys::pidfd::Process;
-use crate::vmm::image;
+use crate::vmm::{Machine, VmmError, image};
+use crate::whole_file;
 use std::fmt;
 use std::fs;
 use std::io;
@@ -19,6 +21,8 @@ use std::path::{Path, PathBuf};
 const KILL_TIMEOUT_MS: i32 = 10_000;
 /// The most directories that are looked at.
 const MAX_DIRECTORIES: usize = 65_536;
+/// What agents before the journal wrote instead of it.
+const OLD_RECORD_NAME: &str = "record.json";
 
 /// Why something could not be cleared away.
 #[derive(Debug)]
@@ -41,7 +45,9 @@ pub enum RecoveryError {
     Net(NetError),
     /// The disk could not be removed, or cannot be used.
     Disk(DiskError),
-    /// A paused capsule lacks its disk, or its record its slot.
+    /// The machine runs, but cannot be talked to.
+    Vmm(VmmError),
+    /// A capsule lacks its disk, or its record its slot.
     Incomplete(PathBuf),
 }
 
@@ -52,6 +58,7 @@ impl fmt::Display for RecoveryError {
             RecoveryError::StillRuns { pid } => write!(f, "process {pid} did not end although it was killed"),
             RecoveryError::Net(e) => e.fmt(f),
             RecoveryError::Disk(e) => e.fmt(f),
+            RecoveryError::Vmm(e) => e.fmt(f),
             RecoveryError::Incomplete(path) => {
                 write!(f, "{} lacks its disk or its record a slot", path.display())
             }
@@ -72,23 +79,55 @@ pub struct LeftPaused {
     pub disk: Box<dyn Disk>,
 }
 
+/// A capsule that runs.
+#[derive(Debug)]
+pub struct LeftRunning {
+    /// Its record.
+    pub record: Record,
+    /// Its network.
+    pub network: CapsuleNetwork,
+    /// Its disk.
+    pub disk: Box<dyn Disk>,
+    /// Its machine, whose guest runs.
+    pub machine: Machine,
+}
+
+/// What becomes of capsules that are whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Take {
+    /// They are taken over.
+    Over,
+    /// They are cleared away as well.
+    Away,
+}
+
 /// What was found and done.
 #[derive(Debug, Default)]
 pub struct Summary {
+    /// Capsules that run.
+    pub running: Vec<LeftRunning>,
     /// Capsules that are paused and whole.
     pub paused: Vec<LeftPaused>,
     /// Capsules that were cleared away.
     pub cleared: usize,
-    /// Capsules that could not be, with their slots, which must not be given out.
+    /// Capsules that could neither be taken over nor cleared away, with their slots, which must not be
+    /// given out.
     pub left: Vec<(String, Option<Slot>)>,
 }
 
-/// Clears away every capsule that has a directory. Blocks.
+/// What a capsule's journal comes to.
+enum Found {
+    Running(Box<LeftRunning>),
+    Paused(Box<LeftPaused>),
+    Cleared(&'static str),
+}
+
+/// Goes through every capsule that has a directory. Blocks.
 ///
 /// # Errors
 /// The directory of capsules cannot be listed. What goes wrong with one capsule is logged, and it is
 /// left for the next start.
-pub fn recover(layout: &Layout) -> Result<Summary, RecoveryError> {
+pub fn recover(layout: &Layout, take: Take) -> Result<Summary, RecoveryError> {
     let sandboxes = layout.sandboxes();
     let entries = fs::read_dir(&sandboxes).map_err(|source| RecoveryError::Io {
         step: "listing",
@@ -102,33 +141,25 @@ pub fn recover(layout: &Layout) -> Result<Summary, RecoveryError> {
             log::warn!("{} is not a capsule's directory: left alone", entry.path().display());
             continue;
         }
-        let record = Record::read(&entry.path());
+        let record = read(&entry.path());
         let slot = record.as_ref().ok().and_then(|r| r.as_ref()?.slot());
-        if let Ok(Some(paused)) = &record
-            && paused.image.is_some()
-        {
-            match settle(&entry.path(), paused.clone()) {
-                Ok(left) => {
-                    log::info!("capsule {name}: paused");
-                    summary.paused.push(left);
-                }
-                Err(e) => {
-                    log::error!("capsule {name}: paused, but cannot be looked after: {e}");
-                    summary.left.push((name, slot));
-                }
+        match record.and_then(|record| recover_one(&entry.path(), record, take)) {
+            Ok(Found::Running(left)) => {
+                log::info!("capsule {name}: runs on");
+                summary.running.push(*left);
             }
-            continue;
-        }
-        match record
-            .map_err(io_error("reading the record of", &entry.path()))
-            .and_then(|record| clear(&entry.path(), record.as_ref()))
-        {
-            Ok(()) => {
-                log::info!("capsule {name}: left by an earlier agent, cleared away");
+            Ok(Found::Paused(left)) => {
+                log::info!("capsule {name}: paused");
+                summary.paused.push(*left);
+            }
+            Ok(Found::Cleared(why)) => {
+                log::info!("capsule {name}: cleared away: {why}");
                 summary.cleared += 1;
             }
             Err(e) => {
-                log::error!("capsule {name}: left by an earlier agent, not cleared away: {e}");
+                log::error!(
+                    "capsule {name}: {e}; it is left as it is, and looked at again at the agent's next start"
+                );
                 summary.left.push((name, slot));
             }
         }
@@ -140,15 +171,112 @@ pub fn recover(layout: &Layout) -> Result<Summary, RecoveryError> {
     Ok(summary)
 }
 
+/// A capsule as its journal has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Surveyed {
+    /// Its id.
+    pub id: String,
+    /// Whether it is paused, so that it outlasts a reboot.
+    pub is_paused: bool,
+}
+
+/// Looks at every capsule that has a directory, and changes nothing. Blocks.
+///
+/// # Errors
+/// The directory of capsules cannot be listed.
+pub fn survey(layout: &Layout) -> Result<Vec<Surveyed>, RecoveryError> {
+    let sandboxes = layout.sandboxes();
+    let entries = fs::read_dir(&sandboxes).map_err(io_error("listing", &sandboxes))?;
+    let names = entries.take(MAX_DIRECTORIES).flatten().map(|e| e.file_name().to_string_lossy().into_owned());
+    Ok(names
+        .filter(|name| is_capsule_id(name))
+        .map(|id| {
+            let record = read(&sandboxes.join(&id)).ok().flatten();
+            Surveyed { is_paused: record.is_some_and(|r| r.image.is_some() && !r.destroying), id }
+        })
+        .collect())
+}
+
+/// What a capsule owns by its journal; `None` when there is nothing but its directory.
+fn read(directory: &Path) -> Result<Option<Record>, RecoveryError> {
+    let failed = io_error("reading the journal of", directory);
+    let history = journal::read(directory).and_then(|history| match history {
+        Some(History { record, .. }) => Ok(Some(record)),
+        None => {
+            let path = directory.join(OLD_RECORD_NAME);
+            let text = whole_file::read(&path, record::MAX_RECORD_BYTES, "record")?;
+            text.map(|text| serde_json::from_slice(&text).map_err(io::Error::from)).transpose()
+        }
+    });
+    history.map_err(failed)
+}
+
+fn recover_one(directory: &Path, record: Option<Record>, take: Take) -> Result<Found, RecoveryError> {
+    let why = match (record, take) {
+        (Some(record), Take::Over) if !record.destroying => {
+            if record.image.is_some() {
+                return settle(directory, record).map(|left| Found::Paused(Box::new(left)));
+            }
+            if !record.ready {
+                clear(directory, Some(&record))?;
+                return Ok(Found::Cleared("it was being made, and nobody was told that it runs"));
+            }
+            if let Some(machine) = running_machine(directory, &record)? {
+                return adopt(directory, record, machine).map(|left| Found::Running(Box::new(left)));
+            }
+            clear(directory, Some(&record))?;
+            "its machine has ended"
+        }
+        (record, _) => {
+            clear(directory, record.as_ref())?;
+            "it was being destroyed"
+        }
+    };
+    Ok(Found::Cleared(why))
+}
+
+/// The machine that a record names, if it runs.
+fn running_machine(directory: &Path, record: &Record) -> Result<Option<Machine>, RecoveryError> {
+    let Some(machine) = record.machine else { return Ok(None) };
+    match Process::adopt(machine.pid, machine.start_ticks) {
+        Ok(mut process) => match process.try_wait().map_err(io_error("looking at the VMM of", directory))? {
+            Some(_) => Ok(None),
+            None => {
+                let adopted = Machine::adopt(directory, machine.pid, machine.start_ticks);
+                adopted.map(Some).map_err(RecoveryError::Vmm)
+            }
+        },
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(io_error("opening the process of", directory)(e)),
+    }
+}
+
+/// Takes over a machine that runs: its guest may stand still, its network may lack what was changed last.
+fn adopt(directory: &Path, record: Record, mut machine: Machine) -> Result<LeftRunning, RecoveryError> {
+    let slot = record.slot().ok_or_else(|| RecoveryError::Incomplete(directory.to_owned()))?;
+    let disk = Backend::open(directory).map_err(RecoveryError::Disk)?;
+    let disk = disk.ok_or_else(|| RecoveryError::Incomplete(directory.to_owned()))?;
+    let network = CapsuleNetwork::adopt(slot).map_err(RecoveryError::Net)?;
+    let policy = Policy::load(directory).map_err(io_error("reading the network policy of", directory))?;
+    let policy = policy.unwrap_or_else(|| Policy::internet(record.kept.allow_internet));
+    network.set_policy(&policy).map_err(RecoveryError::Net)?;
+    machine.run_on().map_err(RecoveryError::Vmm)?;
+    image::clean(directory, None, record.base);
+    journal::begin(directory, Step::Adopt, Phase::Done, &record)
+        .map_err(io_error("writing the journal of", directory))?;
+    Ok(LeftRunning { record, network, disk, machine })
+}
+
 /// Makes sure that of a paused capsule nothing is there but what belongs to a paused one.
 fn settle(directory: &Path, mut record: Record) -> Result<LeftPaused, RecoveryError> {
     end_machine(directory, Some(&record))?;
     let slot = record.slot().ok_or_else(|| RecoveryError::Incomplete(directory.to_owned()))?;
     let disk = Backend::open(directory).map_err(RecoveryError::Disk)?;
     let disk = disk.ok_or_else(|| RecoveryError::Incomplete(directory.to_owned()))?;
-    if record.machine.take().is_some() {
-        record.write(directory).map_err(io_error("writing the record of", directory))?;
-    }
+    record.machine = None;
+    // What the agent before this one may have left half written is no part of it.
+    journal::begin(directory, Step::Adopt, Phase::Done, &record)
+        .map_err(io_error("writing the journal of", directory))?;
     image::clean(directory, record.image.as_ref(), record.base);
     Ok(LeftPaused { record, slot, disk })
 }
@@ -238,24 +366,15 @@ mod tests {
         fs::write(sandboxes.join("file"), "x").expect("written");
         fs::write(sandboxes.join("cl-odd/record.json"), "{").expect("written");
         let record = Record {
-            version: record::VERSION,
-            capsule_id: "cl-dead".into(),
-            template: "minimal".into(),
-            vcpus: 1,
-            memory_mb: 256,
-            uid: 1,
-            slot: None,
             // Process 1 runs, but did not start then.
             machine: Some(record::ProcessRecord { pid: 1, start_ticks: u64::MAX }),
             image: None,
-            base: None,
-            generation: 0,
-            kept: record::Kept::default(),
+            ..record::tests::record()
         };
-        record.write(&sandboxes.join("cl-dead")).expect("written");
-        let summary = recover(&layout).expect("recovered");
+        journal::begin(&sandboxes.join("cl-dead"), Step::Ready, Phase::Done, &record).expect("written");
+        let summary = recover(&layout, Take::Over).expect("recovered");
         assert_eq!((summary.cleared, summary.left), (2, vec![("cl-odd".into(), None)]));
-        assert!(summary.paused.is_empty());
+        assert!(summary.paused.is_empty() && summary.running.is_empty());
         let left = fs::read_dir(&sandboxes).expect("listed").flatten().map(|e| e.file_name());
         let mut left: Vec<_> = left.collect();
         left.sort();

@@ -9,6 +9,7 @@
 
 use super::executor::{CapsuleReport, make_failed};
 use super::failure::Failure;
+use super::journal::{self, Phase, Step};
 use super::lifecycle::{Event, Part};
 use super::machine::KILL_TIMEOUT_MS;
 use super::record::{ProcessRecord, Record};
@@ -140,11 +141,13 @@ impl Capsule {
     }
 
     fn make_snapshot(&mut self, ctx: &mut Context, machine: Machine, order: SnapshotOrder) {
-        let (host, disk) = (ctx.host.clone(), self.disk.take());
+        let (host, disk, directory) = (ctx.host.clone(), self.disk.take(), self.directory.clone());
         let vmm = host.qemu.describe();
         let manifest = snapshots::manifest(self.spec.vcpus, self.spec.memory_mb, self.disk_mb, vmm);
         self.submit(ctx, move || {
+            note(&directory, Step::Snapshot, Phase::Begin);
             let report = make_snapshot(machine, disk, &host.layout, &manifest, &order);
+            note(&directory, Step::Snapshot, if report.result.is_ok() { Phase::Done } else { Phase::Failed });
             CapsuleReport::SnapshotMade(Box::new(report))
         });
     }
@@ -245,6 +248,13 @@ fn make_snapshot(
     SnapshotReport { machine, disk, result, stood_ms }
 }
 
+/// Notes a step that nothing depends on: without it the next agent finds the same.
+fn note(directory: &Path, step: Step, phase: Phase) {
+    if let Err(e) = journal::append(directory, step, phase, None) {
+        log::warn!("{}: noting {step:?} {phase:?} in the journal: {e}", directory.display());
+    }
+}
+
 /// Starts a machine of a snapshot and lets its guest go on. Blocks.
 pub(super) fn start_from_snapshot(
     host: &Host,
@@ -257,10 +267,11 @@ pub(super) fn start_from_snapshot(
 ) -> CapsuleReport {
     let started = host.shared_memory.open(snapshot).map_err(SaveFailure::Vmm).and_then(|restore| {
         spec.restore = Some(restore.clone());
+        note(directory, Step::Machine, Phase::Begin);
         let mut machine = host.qemu.start(&spec, tap, namespace.as_fd()).map_err(SaveFailure::Vmm)?;
         record.machine = Some(ProcessRecord { pid: machine.pid(), start_ticks: machine.start_ticks() });
         let gone_on = record
-            .write(directory)
+            .note(directory, Step::Machine, Phase::Done)
             .map_err(SaveFailure::Record)
             .and_then(|()| machine.wait_until_restored().map_err(SaveFailure::Vmm))
             .and_then(|()| machine.go_on().map_err(SaveFailure::Vmm));
@@ -295,16 +306,19 @@ fn end(mut machine: Machine, why: SaveFailure) -> SaveFailure {
 fn save(mut machine: Machine, mut record: Record, directory: &Path, disk: Option<PathBuf>) -> SaveReport {
     let began = Instant::now();
     let before = record.clone();
-    let saved = machine
-        .save(directory, record.generation, record.base, record.uid)
-        .map_err(SaveFailure::Vmm)
+    let saved = record
+        .note(directory, Step::Save, Phase::Begin)
+        .map_err(SaveFailure::Record)
+        .and_then(|()| {
+            machine.save(directory, record.generation, record.base, record.uid).map_err(SaveFailure::Vmm)
+        })
         .and_then(|(image, written)| {
             if let Some(disk) = disk {
                 let out = File::open(&disk).and_then(|file| file.sync_all());
                 out.map_err(|e| SaveFailure::Disk(disk, e))?;
             }
             record.image = Some(image);
-            record.write(directory).map_err(SaveFailure::Record)?;
+            record.note(directory, Step::Save, Phase::Done).map_err(SaveFailure::Record)?;
             Ok((image, written))
         });
     let result = match saved {
@@ -325,7 +339,7 @@ fn save(mut machine: Machine, mut record: Record, directory: &Path, disk: Option
 fn bring_up_to_date(image: Image, record: &mut Record, directory: &Path) {
     let merged = image.merge(directory).map_err(SaveFailure::Vmm).and_then(|merged| {
         let updated = Record { image: Some(merged), base: None, ..record.clone() };
-        updated.write(directory).map_err(SaveFailure::Record)?;
+        updated.note(directory, Step::Merge, Phase::Done).map_err(SaveFailure::Record)?;
         Ok(updated)
     });
     match merged {
@@ -338,7 +352,8 @@ fn bring_up_to_date(image: Image, record: &mut Record, directory: &Path) {
 /// After a failure: the record is as before, and the guest goes on. A machine that cannot has to end, so
 /// that its capsule does not look as if it ran.
 fn run_on(machine: &mut Machine, record: &Record, directory: &Path) {
-    let gone_on = record.write(directory).map_err(SaveFailure::Record).and_then(|()| {
+    let noted = record.note(directory, Step::Save, Phase::Failed);
+    let gone_on = noted.map_err(SaveFailure::Record).and_then(|()| {
         clean(directory, None, record.base);
         machine.go_on().map_err(SaveFailure::Vmm)
     });
@@ -374,20 +389,22 @@ fn start_restored(
     let image = record.image.ok_or(SaveFailure::NoImage)?;
     let merged = image.merge(directory).map_err(SaveFailure::Vmm)?;
     spec.restore = Some(merged.open(directory).map_err(SaveFailure::Vmm)?);
+    note(directory, Step::Machine, Phase::Begin);
     let mut machine = qemu.start(spec, tap, namespace.as_fd()).map_err(SaveFailure::Vmm)?;
     let process = ProcessRecord { pid: machine.pid(), start_ticks: machine.start_ticks() };
     // Named while the capsule is still paused: an agent after this one ends it.
     let still_paused = Record { image: Some(merged), base: None, machine: Some(process), ..record.clone() };
     let runs = Record { image: None, base: Some(merged.memory), ..still_paused.clone() };
     let gone_on = still_paused
-        .write(directory)
+        .note(directory, Step::Machine, Phase::Done)
         .map_err(SaveFailure::Record)
         .and_then(|()| machine.wait_until_restored().map_err(SaveFailure::Vmm))
-        .and_then(|()| runs.write(directory).map_err(SaveFailure::Record))
+        .and_then(|()| runs.note(directory, Step::GoOn, Phase::Begin).map_err(SaveFailure::Record))
         .and_then(|()| machine.go_on().map_err(SaveFailure::Vmm));
     match gone_on {
         Ok(()) => {
             *record = runs;
+            note(directory, Step::GoOn, Phase::Done);
             clean(directory, None, record.base);
             Ok(machine)
         }
@@ -395,7 +412,7 @@ fn start_restored(
             let e = end(machine, e);
             // The guest has not run: the disk is as it was.
             *record = Record { machine: None, ..still_paused };
-            if let Err(e) = record.write(directory) {
+            if let Err(e) = record.note(directory, Step::Machine, Phase::Failed) {
                 log::error!("capsule {}: its record may say that it runs: {e}", record.capsule_id);
             }
             Err(e)

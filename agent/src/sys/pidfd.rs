@@ -86,6 +86,11 @@ impl Process {
 
     /// Sends it SIGKILL. A process that has ended already is no error.
     pub fn kill(&self) -> io::Result<()> {
+        self.signal(libc::SIGKILL)
+    }
+
+    /// Sends it a signal. A process that has ended already is no error.
+    pub fn signal(&self, number: i32) -> io::Result<()> {
         if self.exit.is_some() {
             return Ok(());
         }
@@ -94,7 +99,7 @@ impl Process {
             libc::syscall(
                 libc::SYS_pidfd_send_signal,
                 self.pidfd.as_raw_fd(),
-                libc::SIGKILL,
+                number,
                 std::ptr::null::<libc::siginfo_t>(),
                 0,
             )

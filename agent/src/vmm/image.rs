@@ -170,6 +170,22 @@ impl Machine {
         self.call("cont", None, None, COMMAND_TIMEOUT_MS).map(drop)
     }
 
+    /// Sees to it that the guest of a machine runs which another agent may have left in the midst of saving
+    /// or restoring it. Blocks.
+    pub fn run_on(&mut self) -> Result<(), VmmError> {
+        let status = self.call("query-status", None, None, COMMAND_TIMEOUT_MS)?;
+        // A set that was left would be written to in place of the next one.
+        match self.call("remove-fd", Some(json!({"fdset-id": STATE_SET})), None, COMMAND_TIMEOUT_MS) {
+            // There is none, as a rule.
+            Ok(_) | Err(VmmError::Refused { .. }) => {}
+            Err(e) => return Err(e),
+        }
+        match status["status"].as_str() {
+            Some("running") => Ok(()),
+            _ => self.go_on(),
+        }
+    }
+
     /// Waits until a machine that was started of an image has taken it; the guest then stands still.
     /// Blocks.
     pub fn wait_until_restored(&mut self) -> Result<(), VmmError> {

@@ -15,6 +15,7 @@ use wire::message::{
     Message, ProcessExited, ProcessStart, ProcessStarted,
 };
 use wire::session::{Event, Limits, Session, SessionError, StreamId};
+use wrenn_agent::ending::Ending;
 use wrenn_agent::net::Slot;
 
 /// The secret of the test's control plane.
@@ -179,12 +180,26 @@ impl Agent {
         Client::connect(self.address, "cp", SECRET)
     }
 
-    /// Sends SIGTERM and waits for the end.
-    pub fn terminate(mut self) -> ExitStatus {
+    /// Has all capsules destroyed and waits for the end.
+    pub fn terminate(self) -> ExitStatus {
+        self.end(Ending::Terminate)
+    }
+
+    /// Has all capsules left as they are and waits for the end.
+    pub fn hand_over(self) -> ExitStatus {
+        self.end(Ending::HandOver)
+    }
+
+    pub fn end(mut self, ending: Ending) -> ExitStatus {
         let pid = libc::pid_t::try_from(self.child.id()).expect("pid");
         // SAFETY: kill takes its arguments by value; the child is not waited for, so the pid is its.
-        assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+        assert_eq!(unsafe { libc::kill(pid, ending.signal()) }, 0);
         self.wait()
+    }
+
+    pub fn kill(mut self) {
+        self.child.kill().expect("killed");
+        self.wait();
     }
 
     pub fn wait(&mut self) -> ExitStatus {
@@ -206,8 +221,12 @@ impl Drop for Agent {
     }
 }
 
+/// An address of loopback that no other process connects from or to: a port of 127.0.0.1 that is free now
+/// may be somebody's next outgoing one.
 pub fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port")
+    let [_, high, middle, low] = std::process::id().to_be_bytes();
+    let own = std::net::Ipv4Addr::new(127, 64 | high & 63, middle, low);
+    TcpListener::bind((own, 0)).and_then(|l| l.local_addr()).expect("a free port")
 }
 
 /// A blocking wire client.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
-use wrenn_agent::capsule::recovery::recover;
+use wrenn_agent::capsule::recovery::{Take, recover};
 use wrenn_agent::disk::dm::guard::Guard;
 use wrenn_agent::disk::{self, Backend, Disk, DiskError, DiskSpec, Format, Store};
 use wrenn_agent::layout::Layout;
@@ -345,7 +345,7 @@ fn a_killed_agent_leaves_what_recovery_removes(directory: &Path) {
         thread::sleep(Duration::from_millis(round * 3));
         agent.kill().and_then(|()| agent.wait()).expect("killed");
         active += control().names().expect("listed").len();
-        let summary = recover(&layout).expect("recovered");
+        let summary = recover(&layout, Take::Over).expect("recovered");
         assert_eq!(summary.left, Vec::new(), "round {round}");
         cleared += summary.cleared;
         assert_eq!(remains(), Vec::<String>::new(), "round {round}");
@@ -455,6 +455,6 @@ fn a_store_that_could_not_write_is_told(directory: &Path) {
     file.set_len(MIB).expect("sized");
     let other = LoopDevice::attach(&file, true, "other").expect("attached");
     assert_eq!(other.size_bytes().expect("looked"), MIB);
-    recover(&layout).expect("recovered");
+    recover(&layout, Take::Over).expect("recovered");
     assert!(other.backing().expect("still attached").own_kind);
 }

@@ -15,12 +15,12 @@ pub const TESTS: &[Test] = &[
         without_a_database_requests_are_refused_until_it_is_back,
     ),
     ("without_an_agent_requests_are_refused", without_an_agent_requests_are_refused),
-    ("a_killed_agent_cleans_up_at_its_next_start", a_killed_agent_cleans_up_at_its_next_start),
+    ("capsules_outlive_their_agent", capsules_outlive_their_agent),
     (
         "the_control_plane_restarts_without_losing_capsules",
         the_control_plane_restarts_without_losing_capsules,
     ),
-    ("a_clean_stop_takes_the_capsules_along", a_clean_stop_takes_the_capsules_along),
+    ("terminating_an_agent_takes_the_capsules_along", terminating_an_agent_takes_the_capsules_along),
 ];
 
 const RECOVERY: Duration = Duration::from_secs(60);
@@ -135,30 +135,27 @@ fn without_an_agent_requests_are_refused(context: &mut Context) -> Result<Outcom
     Ok(Outcome::Passed)
 }
 
-fn a_killed_agent_cleans_up_at_its_next_start(context: &mut Context) -> Result<Outcome> {
-    let before: std::collections::BTreeSet<_> =
-        take_stock().into_iter().filter(|(_, name)| !name.starts_with("wrenn-agent")).collect();
+/// An agent that is killed or ended in good order leaves its capsules running, and the next goes on with
+/// them: what was reachable is so again, with the guest's processes as they were.
+fn capsules_outlive_their_agent(context: &mut Context) -> Result<Outcome> {
     let id = context.create(&json!({"memory_mb": 256}))?;
-    context.stack.stop_agent(libc::SIGKILL)?;
-    context.stack.start_agent()?;
+    context.shell(
+        &id,
+        "(trap '' HUP; exec sleep 1000) >/dev/null 2>&1 & echo $! >/tmp/pid; echo kept >/dev/shm/file",
+    )?;
     let client = context.stack.client();
-    wait_until("the lost capsule to be known", RECOVERY, || {
-        client
-            .get(&format!("/v1/capsules/{id}"))
-            .is_ok_and(|a| a.status == 404 || a.json()["status"] != "running")
-    })?;
-    let mut left = Vec::new();
-    let _ = wait_until("the remains to go", RECOVERY, || {
-        left = take_stock()
-            .difference(&before)
-            .filter(|(_, name)| !name.starts_with("wrenn-agent"))
-            .cloned()
-            .collect();
-        left.is_empty()
-    });
-    ensure!(left.is_empty(), "left behind: {left:?}");
-    let next = context.create(&json!({"memory_mb": 256}))?;
-    context.destroy(&next)?;
+    for signal in [libc::SIGKILL, libc::SIGTERM] {
+        context.stack.stop_agent(signal)?;
+        let answer = context.exec(&id, &json!({"cmd": "/bin/true"}))?;
+        ensure!(answer.status >= 500, "without an agent: {} {}", answer.status, answer.json());
+        context.stack.start_agent()?;
+        wait_until("the capsule to be reached again", RECOVERY, || {
+            context.shell(&id, "kill -0 $(cat /tmp/pid) && cat /dev/shm/file").is_ok_and(|out| out == "kept")
+        })?;
+        let capsule = client.get(&format!("/v1/capsules/{id}"))?;
+        ensure!(capsule.json()["status"] == "running", "{}", capsule.json());
+    }
+    context.destroy(&id)?;
     Ok(Outcome::Passed)
 }
 
@@ -173,11 +170,15 @@ fn the_control_plane_restarts_without_losing_capsules(context: &mut Context) -> 
     Ok(Outcome::Passed)
 }
 
-fn a_clean_stop_takes_the_capsules_along(context: &mut Context) -> Result<Outcome> {
-    let before: std::collections::BTreeSet<_> = take_stock();
+fn terminating_an_agent_takes_the_capsules_along(context: &mut Context) -> Result<Outcome> {
+    if let Some(shared) = context.shared_capsule.take() {
+        context.destroy(&shared)?;
+    }
+    let own = |(_, name): &(_, String)| name.starts_with("wrenn-agent");
+    let before: std::collections::BTreeSet<_> = take_stock().into_iter().filter(|item| !own(item)).collect();
     context.create(&json!({"memory_mb": 256}))?;
-    context.stack.stop_agent(libc::SIGTERM)?;
-    let left: Vec<_> = take_stock().difference(&before).cloned().collect();
+    context.stack.terminate()?;
+    let left: Vec<_> = take_stock().difference(&before).filter(|item| !own(item)).cloned().collect();
     ensure!(left.is_empty(), "left behind: {left:?}");
     context.stack.start_agent()?;
     Ok(Outcome::Passed)

@@ -11,19 +11,28 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Blocks SIGTERM and SIGINT for this thread and those it will start, and takes them by descriptor.
-    /// SIGPIPE is ignored by the Rust runtime already.
+    /// Takes SIGTERM and SIGINT, as [`Signals::of`].
     ///
     /// # Errors
     /// When the kernel gives no descriptor.
     pub fn termination() -> io::Result<Signals> {
+        Signals::of(&[libc::SIGTERM, libc::SIGINT])
+    }
+
+    /// Blocks these signals for this thread and those it will start, and takes them by descriptor. SIGPIPE
+    /// is ignored by the Rust runtime already.
+    ///
+    /// # Errors
+    /// When the kernel gives no descriptor.
+    pub fn of(numbers: &[i32]) -> io::Result<Signals> {
         // SAFETY: an all-zero sigset_t is a valid object for sigemptyset to initialise.
         let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
-        // SAFETY: `set` is a sigset_t that outlives the calls; the signal numbers are valid.
+        // SAFETY: `set` is a sigset_t that outlives the calls. A number that is no signal is refused.
         unsafe {
             libc::sigemptyset(&raw mut set);
-            libc::sigaddset(&raw mut set, libc::SIGTERM);
-            libc::sigaddset(&raw mut set, libc::SIGINT);
+            for number in numbers {
+                super::check(libc::sigaddset(&raw mut set, *number))?;
+            }
         }
         // SAFETY: `set` is initialised; the old mask is not asked for.
         let error = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };

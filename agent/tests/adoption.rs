@@ -1,0 +1,177 @@
+//! Agents that end, are killed and start again while real virtual machines run: what runs is adopted, with
+//! its guest's processes. Needs WRENN_TEST_DIR, a directory with `kernels/` and `images/minimal/`.
+
+mod common;
+
+use common::{Agent, Client, Place, creation, guest_directory};
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+use std::time::{Duration, Instant};
+use wire::codec::Bytes;
+use wire::message::{
+    CapsuleCreate, CapsuleGet, CapsuleInfo, CapsulePause, CapsuleResume, CapsuleSnapshot, CapsuleState, Code,
+    Done, Error, Forward, Message, ProcessStart, ProcessStarted, SnapshotInfo,
+};
+use wrenn_agent::ending::Ending;
+
+/// How long a guest daemon may take to be reached anew.
+const REACHED: Duration = Duration::from_secs(30);
+
+fn state(cp: &mut Client, id: &str) -> CapsuleState {
+    let info: CapsuleInfo = cp.ask(&CapsuleGet { capsule_id: id.into() }).expect("known");
+    info.state
+}
+
+/// The standard output of a shell command that succeeds, once the guest daemon is reached.
+fn shell(cp: &mut Client, id: &str, command: &str) -> String {
+    let end = Instant::now() + REACHED;
+    let ran = loop {
+        match cp.exec(id, &["/bin/sh", "-c", command]) {
+            Err(e) if e.code() == Code::Unavailable && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            other => break other.expect("ran"),
+        }
+    };
+    let text = String::from_utf8_lossy(&ran.stdout).trim().to_string();
+    assert_eq!(ran.exit_code, 0, "{command}: {text} {}", String::from_utf8_lossy(&ran.stderr));
+    text
+}
+
+fn start_counter(cp: &mut Client, id: &str) {
+    let stream = cp.session.open(&Forward { capsule_id: id.into() }, false).expect("opened");
+    let script = "n=0; trap 'n=$((n+1)); echo $n >/tmp/told' USR1; echo $$ >/tmp/pid; \
+                  while :; do sleep 0.05; done";
+    let argv = ["/bin/sh", "-c", script].map(|argument| Bytes(argument.as_bytes().to_vec()));
+    let start = ProcessStart { argv: argv.to_vec(), detached: true, ..Default::default() };
+    cp.session.send_last(stream, &start).expect("sent");
+    assert_eq!(cp.answer(stream).0, ProcessStarted::KIND);
+    shell(cp, id, "while [ ! -s /tmp/pid ]; do sleep 0.05; done");
+}
+
+/// The number that the process has counted to by now, which only its memory knows.
+fn count(cp: &mut Client, id: &str) -> u32 {
+    let ask = "rm -f /tmp/told; kill -USR1 $(cat /tmp/pid); while [ ! -s /tmp/told ]; do sleep 0.05; done; cat /tmp/told";
+    shell(cp, id, ask).parse().expect("a number")
+}
+
+#[test]
+fn capsules_run_on_while_agents_come_and_go() {
+    let Some(guest) = guest_directory() else { return };
+    let place = Place::with_guest(0, &guest);
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let environment = vec![(Bytes(b"GREETING".to_vec()), Bytes(b"good day".to_vec()))];
+    let made: CapsuleInfo = cp.ask(&CapsuleCreate { environment, ..creation("cl-one") }).expect("created");
+    start_counter(&mut cp, "cl-one");
+    assert_eq!(count(&mut cp, "cl-one"), 1);
+    let machine = place.machines();
+    let mut agent = Some(agent);
+    for (round, how) in ["kill", "hand over", "kill"].into_iter().enumerate() {
+        let last = agent.take().expect("one");
+        match how {
+            "kill" => last.kill(),
+            _ => assert!(last.hand_over().success()),
+        }
+        assert_eq!(place.machines(), machine, "{how}: the machine runs on");
+        let begun = Instant::now();
+        let next = Agent::start(&place);
+        let mut cp = next.client();
+        let info: CapsuleInfo = cp.ask(&CapsuleGet { capsule_id: "cl-one".into() }).expect("known");
+        assert_eq!(
+            (info.state, &info.host_ip, info.disk_size_mb),
+            (CapsuleState::Running, &made.host_ip, made.disk_size_mb)
+        );
+        assert_eq!(count(&mut cp, "cl-one"), 2 + round as u32, "{how}");
+        eprintln!("after {how}: counted on {:?} after the next agent's start", begun.elapsed());
+        assert_eq!(shell(&mut cp, "cl-one", "echo $GREETING"), "good day");
+        assert_eq!(place.machines(), machine, "{how}: the same machine");
+        agent = Some(next);
+    }
+    // It is a capsule like any other: paused, resumed, adopted again, and destroyed.
+    let agent = agent.expect("one");
+    let mut cp = agent.client();
+    let id = || "cl-one".to_string();
+    let _: CapsuleInfo = cp.ask(&CapsulePause { capsule_id: id() }).expect("paused");
+    let _: CapsuleInfo = cp.ask(&CapsuleResume { capsule_id: id(), deadline_ms: 0 }).expect("resumed");
+    agent.kill();
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    assert_eq!(count(&mut cp, "cl-one"), 5);
+    let snapshot = CapsuleSnapshot { capsule_id: id(), name: "warm".into(), overwrite: false };
+    let _: SnapshotInfo = cp.ask(&snapshot).expect("made");
+    let _: CapsuleInfo =
+        cp.ask(&CapsuleCreate { template: "warm".into(), ..creation("cl-two") }).expect("created");
+    agent.kill();
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    assert_eq!((count(&mut cp, "cl-one"), count(&mut cp, "cl-two")), (6, 6));
+    // One whose machine has ended meanwhile is cleared away, the other goes on.
+    let second: Vec<u32> = place
+        .machines()
+        .into_iter()
+        .filter(|pid| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&line).contains("cl-two")
+        })
+        .collect();
+    agent.kill();
+    for pid in &second {
+        wrenn_agent::sys::pidfd::Process::child(*pid).and_then(|p| p.kill()).expect("killed");
+    }
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let error = cp.ask::<_, CapsuleInfo>(&CapsuleGet { capsule_id: "cl-two".into() }).expect_err("gone");
+    assert_eq!((second.len(), error.code()), (1, Code::NotFound));
+    assert_eq!(count(&mut cp, "cl-one"), 7);
+    let Done {} = cp.destroy("cl-one").expect("destroyed");
+    assert_eq!(place.remains(), Vec::<String>::new());
+    assert!(agent.terminate().success());
+}
+
+/// Runs `wrenn-agent ORDER` on the place; its standard output and whether it succeeded.
+fn order(place: &Place, order: &str) -> (String, bool) {
+    let mut command: Command = Agent::command(place, common::free_address());
+    let output = command.arg(order).output().expect("ran");
+    assert!(output.status.signal().is_none());
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    (text + &String::from_utf8_lossy(&output.stderr), output.status.success())
+}
+
+#[test]
+fn an_agent_is_drained_and_terminated() {
+    let Some(guest) = guest_directory() else { return };
+    let place = Place::with_guest(1, &guest);
+    let (said, ok) = order(&place, "drain");
+    assert!(!ok && said.contains("no wrenn-agent serves"), "{said}");
+    let mut agent = Agent::start(&place);
+    let mut cp = agent.client();
+    cp.create("cl-one").expect("created");
+    shell(&mut cp, "cl-one", "echo in-memory >/dev/shm/file");
+    // One that is being made when the order comes is undone, and whoever asked for it is told.
+    let making = cp.session.open(&creation("cl-late"), true).expect("opened");
+    cp.ask::<_, CapsuleInfo>(&CapsuleGet { capsule_id: "cl-late".into() }).expect("begun");
+    let (said, ok) = order(&place, "drain");
+    assert!(ok && said.contains("1 capsules are paused, 0 are not"), "{said}");
+    assert_eq!(Error::decode(&cp.answer(making).1).map(|e| e.code()), Ok(Code::ShuttingDown));
+    assert!(agent.wait().success());
+    assert_eq!(place.remains(), ["sandboxes/cl-one"], "only its files are left");
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    assert_eq!(state(&mut cp, "cl-one"), CapsuleState::Paused);
+    let _: CapsuleInfo =
+        cp.ask(&CapsuleResume { capsule_id: "cl-one".into(), deadline_ms: 0 }).expect("resumed");
+    assert_eq!(shell(&mut cp, "cl-one", "cat /dev/shm/file"), "in-memory");
+    // Without an agent that serves, terminating does what is left to do.
+    agent.kill();
+    let (said, ok) = order(&place, "terminate");
+    assert!(ok && said.contains("destroyed 1 capsules"), "{said}");
+    assert_eq!(place.remains(), Vec::<String>::new());
+    let mut agent = Agent::start(&place);
+    agent.client().create("cl-two").expect("created");
+    let (said, ok) = order(&place, "terminate");
+    assert!(ok && said.contains("0 capsules are paused, 0 are not"), "{said}");
+    assert!(agent.wait().success());
+    assert_eq!(place.remains(), Vec::<String>::new());
+    assert_eq!(Ending::of_signal(Ending::Drain.signal()), Ending::Drain);
+}
