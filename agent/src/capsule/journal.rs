@@ -223,9 +223,9 @@ mod crash {
     use std::fs::File;
 
     /// Where: `[before:|torn:]STEP.PHASE`.
-    const AT: &str = "WRENN_CRASH_AT";
+    const AT: &str = "CRASH_AT";
     /// What ends: `agent`, which holds where it is not set, `vmm` or `both`.
-    const KILL: &str = "WRENN_CRASH_KILL";
+    const KILL: &str = "CRASH_KILL";
 
     fn is_wanted(prefix: &str, step: Step, phase: Phase) -> bool {
         std::env::var(AT).is_ok_and(|at| at == format!("{prefix}{}.{}", name(&step), name(&phase)))

@@ -268,16 +268,21 @@ impl Client {
         u64::try_from(self.begun.elapsed().as_millis()).expect("a short test")
     }
 
+    /// Writes what is to be written.
+    pub fn flush(&mut self) {
+        while !self.session.output().is_empty() {
+            match self.stream.write(self.session.output()) {
+                Ok(n) => self.session.consume_output(n),
+                Err(e) => panic!("write: {e}"),
+            }
+        }
+    }
+
     /// Writes what is to be written and gives the next event.
     pub fn next(&mut self) -> Event {
         let mut buffer = [0; 65_536];
         loop {
-            while !self.session.output().is_empty() {
-                match self.stream.write(self.session.output()) {
-                    Ok(n) => self.session.consume_output(n),
-                    Err(e) => panic!("write: {e}"),
-                }
-            }
+            self.flush();
             if let Some(event) = self.session.poll_event() {
                 return event;
             }
