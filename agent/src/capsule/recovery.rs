@@ -3,6 +3,7 @@
 //! what no journal names is left alone.
 
 use super::journal::{self, History, Phase, Step};
+use super::lifecycle::{Fate, Remains};
 use super::record::{self, Record};
 use crate::disk::{self, Backend, Disk, DiskError};
 use crate::layout::{Layout, is_capsule_id};
@@ -212,27 +213,31 @@ fn read(directory: &Path) -> Result<Option<Record>, RecoveryError> {
 }
 
 fn recover_one(directory: &Path, record: Option<Record>, take: Take) -> Result<Found, RecoveryError> {
-    let why = match (record, take) {
-        (Some(record), Take::Over) if !record.destroying => {
-            if record.image.is_some() {
-                return settle(directory, record).map(|left| Found::Paused(Box::new(left)));
-            }
-            if !record.ready {
-                clear(directory, Some(&record))?;
-                return Ok(Found::Cleared("it was being made, and nobody was told that it runs"));
-            }
-            if let Some(machine) = running_machine(directory, &record)? {
-                return adopt(directory, record, machine).map(|left| Found::Running(Box::new(left)));
-            }
-            clear(directory, Some(&record))?;
-            "its machine has ended"
-        }
+    let record = match (record, take) {
+        (Some(record), Take::Over) => record,
         (record, _) => {
             clear(directory, record.as_ref())?;
-            "it was being destroyed"
+            let why = if take == Take::Away { "as all were to be" } else { "there was only its directory" };
+            return Ok(Found::Cleared(why));
         }
     };
-    Ok(Found::Cleared(why))
+    let Record { ready, destroying, .. } = record;
+    // Whether a machine runs is asked only where it matters: one that cannot be talked to must not keep a
+    // capsule from being cleared away.
+    let machine = match ready && !destroying && record.image.is_none() {
+        true => running_machine(directory, &record)?,
+        false => None,
+    };
+    let remains = Remains { ready, image: record.image.is_some(), destroying, machine: machine.is_some() };
+    Ok(match (remains.fate(), machine) {
+        (Fate::Adopted, Some(machine)) => Found::Running(Box::new(adopt(directory, record, machine)?)),
+        (Fate::Kept, _) => Found::Paused(Box::new(settle(directory, record)?)),
+        (Fate::Cleared(why), _) => {
+            clear(directory, Some(&record))?;
+            Found::Cleared(why)
+        }
+        (Fate::Adopted, None) => return Err(RecoveryError::Incomplete(directory.to_owned())),
+    })
 }
 
 /// The machine that a record names, if it runs.

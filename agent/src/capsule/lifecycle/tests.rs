@@ -4,7 +4,7 @@ use super::*;
 use Action::*;
 use Part::*;
 
-fn broken() -> Failure {
+pub(super) fn broken() -> Failure {
     Failure::ShutDownByGuest("test".into())
 }
 
@@ -290,10 +290,10 @@ fn what_is_asked_for_in_the_wrong_state_is_refused_and_nothing() {
 }
 
 /// A small generator, so that the run is the same every time.
-struct Random(u64);
+pub(super) struct Random(pub u64);
 
 impl Random {
-    fn below(&mut self, bound: usize) -> usize {
+    pub fn below(&mut self, bound: usize) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
