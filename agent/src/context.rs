@@ -8,7 +8,7 @@ use crate::layout::{Kernel, Layout};
 use crate::net::{NetError, SlotAllocator};
 use crate::registration::Report as RegistrationReport;
 use crate::snapshots::{SharedMemory, SnapshotError};
-use crate::vmm::qemu::Qemu;
+use crate::vmm::Vmm;
 use crate::worker::Workers;
 use mio::event::Source as MioSource;
 use mio::{Interest, Registry, Token};
@@ -92,7 +92,7 @@ pub struct Host {
     /// The kernel that guests boot.
     pub kernel: Kernel,
     /// The virtual machine monitor.
-    pub qemu: Arc<Qemu>,
+    pub vmm: Arc<Vmm>,
     /// How disks are made.
     pub disks: Backend,
     /// CPU cores.

@@ -168,7 +168,7 @@ impl Agent {
             vcpus_reserved: u32::try_from(reserved.vcpus).unwrap_or(u32::MAX),
             disk_mb: disk / MIB,
             disk_free_mb: disk_free / MIB,
-            vmm: host.qemu.describe(),
+            vmm: host.vmm.describe(),
             templates: host.layout.templates(),
         };
         self.answer(waiter, &reply);

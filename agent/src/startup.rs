@@ -14,8 +14,8 @@ use crate::net::{NetError, Slot, SlotAllocator, existing_slots, host};
 use crate::registration::{self, Credentials, CredentialsError, Registration};
 use crate::snapshots::{self, SharedMemory};
 use crate::sys::resources;
-use crate::vmm::VmmError;
 use crate::vmm::qemu::Qemu;
+use crate::vmm::{Vmm, VmmError};
 use crate::worker::Workers;
 use mio::net::TcpListener;
 use mio::{Poll, Token, Waker};
@@ -162,8 +162,8 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
         log::warn!("WRENN_CP_URL is not set: no heartbeats, so a control plane will not use this host");
     }
     let kernel = layout.kernel()?;
-    let qemu = Qemu::find(config.qemu.as_deref())?;
-    if let Some(reason) = qemu.why_not_kvm() {
+    let vmm = Vmm::Qemu(Qemu::find(config.qemu.as_deref())?);
+    if let Some(reason) = vmm.why_not_kvm() {
         log::warn!("KVM is not used: {reason}");
     }
     let disks = Backend::probe(&layout.images(), &layout.sandboxes())?;
@@ -204,17 +204,17 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
         "wrenn-agent {} serves {} on {local_address}: {}, {disks} disks, kernel {}, {} templates",
         env!("CARGO_PKG_VERSION"),
         credentials.host_id,
-        qemu.describe(),
+        vmm.describe(),
         kernel.version,
         layout.templates().len()
     );
-    let create_deadline_ms = if qemu.uses_kvm() { CREATE_DEADLINE_KVM_MS } else { CREATE_DEADLINE_TCG_MS };
+    let create_deadline_ms = if vmm.uses_kvm() { CREATE_DEADLINE_KVM_MS } else { CREATE_DEADLINE_TCG_MS };
     let registration = Registration::new(config.control_plane.clone(), layout.host_token(), credentials);
     let host = Host {
         layout,
         config,
         kernel,
-        qemu: Arc::new(qemu),
+        vmm: Arc::new(vmm),
         disks,
         cpu_cores: cpu_cores()?,
         memory_mb: memory_mb()?,

@@ -73,10 +73,10 @@ impl Capsule {
             .namespace()
             .try_clone_to_owned()
             .map_err(|e| format!("duplicating the namespace's descriptor: {e}"))?;
-        let (qemu, directory) = (ctx.host.qemu.clone(), self.directory.clone());
+        let (vmm, directory) = (ctx.host.vmm.clone(), self.directory.clone());
         let mut record = self.record.clone();
         if self.lifecycle.has_image() {
-            self.submit(ctx, move || restore(&qemu, spec, tap, namespace, record, &directory));
+            self.submit(ctx, move || restore(&vmm, spec, tap, namespace, record, &directory));
             return Ok(());
         }
         if let Some(snapshot) = self.spec.snapshot.clone() {
@@ -90,7 +90,7 @@ impl Capsule {
             let begun = journal::append(&directory, Step::Machine, Phase::Begin, None);
             let started = begun
                 .map_err(MachineFailure::Record)
-                .and_then(|()| qemu.start(&spec, tap, namespace.as_fd()).map_err(MachineFailure::Vmm));
+                .and_then(|()| vmm.start(&spec, tap, namespace.as_fd()).map_err(MachineFailure::Vmm));
             CapsuleReport::MachineMade(started.and_then(|machine| {
                 let (pid, start_ticks) = (machine.pid(), machine.start_ticks());
                 record.machine = Some(ProcessRecord { pid, start_ticks });

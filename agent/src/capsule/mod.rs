@@ -363,7 +363,7 @@ impl Capsule {
                 ("agent_version".into(), env!("CARGO_PKG_VERSION").into()),
                 ("envd_version".into(), self.envd_version.clone()),
                 ("kernel_version".into(), ctx.host.kernel.version.clone()),
-                ("vmm_version".into(), ctx.host.qemu.describe()),
+                ("vmm_version".into(), ctx.host.vmm.describe()),
             ];
         }
         CapsuleInfo {

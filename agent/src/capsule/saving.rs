@@ -20,8 +20,7 @@ use crate::layout::Layout;
 use crate::net::Tap;
 use crate::snapshots::{self, Draft, Manifest, Snapshot, SnapshotError};
 use crate::vmm::image::{Written, clean};
-use crate::vmm::qemu::Qemu;
-use crate::vmm::{Image, Machine, MachineSpec, VmmError};
+use crate::vmm::{Image, Machine, MachineSpec, Vmm, VmmError};
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -142,7 +141,7 @@ impl Capsule {
 
     fn make_snapshot(&mut self, ctx: &mut Context, machine: Machine, order: SnapshotOrder) {
         let (host, disk, directory) = (ctx.host.clone(), self.disk.take(), self.directory.clone());
-        let vmm = host.qemu.describe();
+        let vmm = host.vmm.describe();
         let manifest = snapshots::manifest(self.spec.vcpus, self.spec.memory_mb, self.disk_mb, vmm);
         self.submit(ctx, move || {
             note(&directory, Step::Snapshot, Phase::Begin);
@@ -268,7 +267,7 @@ pub(super) fn start_from_snapshot(
     let started = host.shared_memory.open(snapshot).map_err(SaveFailure::Vmm).and_then(|restore| {
         spec.restore = Some(restore.clone());
         note(directory, Step::Machine, Phase::Begin);
-        let mut machine = host.qemu.start(&spec, tap, namespace.as_fd()).map_err(SaveFailure::Vmm)?;
+        let mut machine = host.vmm.start(&spec, tap, namespace.as_fd()).map_err(SaveFailure::Vmm)?;
         record.machine = Some(ProcessRecord { pid: machine.pid(), start_ticks: machine.start_ticks() });
         let gone_on = record
             .note(directory, Step::Machine, Phase::Done)
@@ -367,19 +366,19 @@ fn run_on(machine: &mut Machine, record: &Record, directory: &Path) {
 
 /// Starts a machine of an image and lets its guest go on. Blocks.
 pub(super) fn restore(
-    qemu: &Qemu,
+    vmm: &Vmm,
     mut spec: MachineSpec,
     tap: Tap,
     namespace: OwnedFd,
     mut record: Record,
     directory: &Path,
 ) -> CapsuleReport {
-    let result = start_restored(qemu, &mut spec, tap, namespace, &mut record, directory);
+    let result = start_restored(vmm, &mut spec, tap, namespace, &mut record, directory);
     CapsuleReport::Restored(Box::new(RestoreReport { record, result, memory: None }))
 }
 
 fn start_restored(
-    qemu: &Qemu,
+    vmm: &Vmm,
     spec: &mut MachineSpec,
     tap: Tap,
     namespace: OwnedFd,
@@ -390,7 +389,7 @@ fn start_restored(
     let merged = image.merge(directory).map_err(SaveFailure::Vmm)?;
     spec.restore = Some(merged.open(directory).map_err(SaveFailure::Vmm)?);
     note(directory, Step::Machine, Phase::Begin);
-    let mut machine = qemu.start(spec, tap, namespace.as_fd()).map_err(SaveFailure::Vmm)?;
+    let mut machine = vmm.start(spec, tap, namespace.as_fd()).map_err(SaveFailure::Vmm)?;
     let process = ProcessRecord { pid: machine.pid(), start_ticks: machine.start_ticks() };
     // Named while the capsule is still paused: an agent after this one ends it.
     let still_paused = Record { image: Some(merged), base: None, machine: Some(process), ..record.clone() };

@@ -183,7 +183,7 @@ impl Spec {
             Err(e) => return Err(e.into()),
         };
         if let Some(snapshot) = &snapshot {
-            snapshot.check_vmm(&host.qemu.describe()).map_err(SpecError::Snapshot)?;
+            snapshot.check_vmm(&host.vmm.describe()).map_err(SpecError::Snapshot)?;
         }
         let as_saved = snapshot.as_ref().map(|s| (s.manifest.vcpus, s.manifest.memory_mb));
         let (vcpus, memory_mb) = as_saved.unwrap_or((request.vcpus, request.memory_mb));

@@ -3,9 +3,8 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 /// The newer file, in the capsule's directory.
@@ -33,27 +32,27 @@ pub enum Pump {
 /// A guest's serial port, the host's end.
 #[derive(Debug)]
 pub struct Console {
-    stream: UnixStream,
+    source: File,
     log: BoundedLog,
 }
 
 impl Console {
-    /// What comes on `stream` goes to the log in `directory`, behind what is there already.
-    pub fn new(stream: UnixStream, directory: &Path) -> io::Result<Console> {
-        stream.set_nonblocking(true)?;
-        Ok(Console { stream, log: BoundedLog::open(directory, LOG_BYTES)? })
+    /// What comes from `source`, a socket or a pipe that does not block, goes to the log in `directory`,
+    /// behind what is there already.
+    pub fn new(source: OwnedFd, directory: &Path) -> io::Result<Console> {
+        Ok(Console { source: File::from(source), log: BoundedLog::open(directory, LOG_BYTES)? })
     }
 
     /// The descriptor to wait on.
     pub fn fd(&self) -> RawFd {
-        self.stream.as_raw_fd()
+        self.source.as_raw_fd()
     }
 
     /// Reads what there is, up to a bound. An error is one of the log file's: a full disk, say.
     pub fn pump(&mut self) -> io::Result<Pump> {
         let mut chunk = [0; CHUNK_BYTES];
         for _ in 0..PUMP_BYTES / CHUNK_BYTES {
-            match self.stream.read(&mut chunk) {
+            match self.source.read(&mut chunk) {
                 Ok(0) => return Ok(Pump::Closed),
                 Ok(count) => self.log.write(&chunk[..count])?,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Pump::Drained),
@@ -142,6 +141,7 @@ fn end_of(file: &File, bytes: usize) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixStream;
 
     struct Directory(PathBuf);
 
@@ -186,7 +186,8 @@ mod tests {
     fn a_flood_is_read_in_turns_and_the_end_is_noticed() -> io::Result<()> {
         let directory = Directory::new("flood")?;
         let (mut guest, host) = UnixStream::pair()?;
-        let mut console = Console::new(host, &directory.0)?;
+        host.set_nonblocking(true)?;
+        let mut console = Console::new(host.into(), &directory.0)?;
         assert_eq!(console.pump()?, Pump::Drained);
         let writer = std::thread::spawn(move || guest.write_all(&[b'x'; 4 * PUMP_BYTES]));
         let mut seen = Pump::Drained;

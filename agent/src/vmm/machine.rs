@@ -1,33 +1,20 @@
-//! A machine that runs: its process, its monitor and its serial port.
+//! A machine that runs, whichever VMM runs it: its process, its control socket and its serial port.
 
 use super::VmmError;
 use super::console::{Console, Pump};
-use super::qmp::{self, CommandError, CommandId, Message};
+use super::image::{COMMAND_TIMEOUT_MS, Image, Written};
+use super::qemu::{self, Monitor};
+use super::qmp::{CommandError, CommandId};
 use crate::sys::memfd::Capture;
 use crate::sys::pidfd::{Exit, Process};
-use crate::sys::{passing, poll};
 use serde_json::Value;
-use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::io;
+use std::os::fd::RawFd;
+use std::path::Path;
 
-/// The monitor's socket, in the capsule's directory.
-const MONITOR_NAME: &str = "qmp.sock";
-/// The serial port's socket, in the capsule's directory.
-const CONSOLE_NAME: &str = "serial.sock";
-
-/// How much one [`Machine::pump_monitor`] reads before it gives the others their turn.
-const PUMP_BYTES: usize = 64 * 1024;
-const CHUNK_BYTES: usize = 4 * 1024;
 /// How much of a guest's last words goes into an error message.
 const TAIL_BYTES: usize = 2 * 1024;
-
-/// What waits to be told while [`Machine::call`] waits for an answer, at most.
-const MAX_HELD_EVENTS: usize = 1_024;
 
 /// What has happened to a machine.
 #[derive(Debug, Clone, PartialEq)]
@@ -61,59 +48,49 @@ pub enum Event {
 #[derive(Debug)]
 pub struct Machine {
     process: Process,
-    monitor: UnixStream,
-    client: qmp::Client,
+    control: Control,
     console: Console,
-    /// What came while an answer was waited for.
-    held: VecDeque<Event>,
     /// Unknown for a machine that an earlier agent has started.
     errors: Option<Capture>,
 }
 
-/// The sockets that the VMM inherits, listening: so the agent can connect before the VMM has started, and
-/// again after a restart of its own.
-pub(super) struct Listeners {
-    /// For the VMM's monitor.
-    pub monitor: UnixListener,
-    /// For the guest's serial port.
-    pub console: UnixListener,
+/// How the VMM is spoken to, which depends on which it is.
+#[derive(Debug)]
+pub(super) enum Control {
+    /// QEMU's monitor.
+    Qemu(Monitor),
 }
 
-/// The agent's ends of the same sockets.
-pub(super) struct Connections {
-    monitor: UnixStream,
-    console: Console,
-}
-
-/// Makes the sockets in the capsule's directory and connects to them. Names that are there are replaced:
-/// they are an earlier machine's, and nobody listens any more.
-pub(super) fn create_sockets(directory: &Path) -> Result<(Listeners, Connections), VmmError> {
-    let handle = File::open(directory).map_err(system("opening", directory))?;
-    let monitor = listen(&handle, directory, MONITOR_NAME)?;
-    let console = listen(&handle, directory, CONSOLE_NAME)?;
-    Ok((Listeners { monitor, console }, connect_all(&handle, directory)?))
-}
-
-fn connect_all(handle: &File, directory: &Path) -> Result<Connections, VmmError> {
-    let monitor = connect(handle, directory, MONITOR_NAME)?;
-    let console = Console::new(connect(handle, directory, CONSOLE_NAME)?, directory)
-        .map_err(system("opening the serial log in", directory))?;
-    Ok(Connections { monitor, console })
+/// Where a machine is to be saved.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place<'a> {
+    /// The directory.
+    pub directory: &'a Path,
+    /// The generation of the files.
+    pub generation: u64,
+    /// The generation of the memory, in the same directory, that the machine was restored from.
+    pub base: Option<u64>,
+    /// Whom the files belong to.
+    pub owner: u32,
 }
 
 impl Machine {
-    /// The machine of a process that was given the listeners of `connections`.
-    pub(super) fn started(process: Process, connections: Connections, errors: Option<Capture>) -> Machine {
-        let Connections { monitor, console } = connections;
-        Machine { process, monitor, client: qmp::Client::new(), console, held: VecDeque::new(), errors }
+    /// The machine of a process that is spoken to by `control`.
+    pub(super) fn started(
+        process: Process,
+        control: Control,
+        console: Console,
+        errors: Option<Capture>,
+    ) -> Machine {
+        Machine { process, control, console, errors }
     }
 
-    /// The machine that an earlier agent has started, by what its records say of it. [`VmmError::System`]
-    /// with NotFound when its process has ended since.
+    /// The machine that an earlier agent has started, by what its records say of it: which VMM runs it is
+    /// seen in the directory. [`VmmError::System`] with NotFound when its process has ended since.
     pub fn adopt(directory: &Path, pid: u32, start_ticks: u64) -> Result<Machine, VmmError> {
         let process = Process::adopt(pid, start_ticks).map_err(system("adopting the VMM of", directory))?;
-        let handle = File::open(directory).map_err(system("opening", directory))?;
-        Ok(Machine::started(process, connect_all(&handle, directory)?, None))
+        let (control, console) = qemu::connect(directory)?;
+        Ok(Machine::started(process, control, console, None))
     }
 
     /// The VMM's process number.
@@ -146,135 +123,84 @@ impl Machine {
         self.process.kill()
     }
 
-    /// Asks the VMM to end, with its disks written out. Its end is seen at [`Machine::exit_fd`].
+    /// Asks the VMM to end, with its disks written out where it can do that. Its end is seen at
+    /// [`Machine::exit_fd`].
     pub fn quit(&mut self) -> Result<(), VmmError> {
-        self.execute("quit", None).map(drop)
+        match &mut self.control {
+            Control::Qemu(monitor) => monitor.execute("quit", None).map(drop),
+        }
     }
 
-    /// Gives the VMM a command; the answer comes as an [`Event`].
-    pub fn execute(&mut self, command: &str, arguments: Option<Value>) -> Result<CommandId, VmmError> {
-        let id = self.client.execute(command, arguments)?;
-        self.write()?;
-        Ok(id)
+    /// Stands the guest still. Blocks.
+    pub fn stand_still(&mut self) -> Result<(), VmmError> {
+        match &mut self.control {
+            Control::Qemu(monitor) => monitor.call("stop", None, None, COMMAND_TIMEOUT_MS).map(drop),
+        }
     }
 
-    /// Gives the VMM a command and waits at most `timeout_ms` for its answer, the end of the VMM included.
-    /// With a `file`, that goes along (`add-fd`). Blocks; what else happens meanwhile is told by
-    /// [`Machine::poll_event`] afterwards.
-    pub fn call(
+    /// Sees to it that the guest of a machine runs which another agent may have left in the midst of saving
+    /// or restoring it. Blocks.
+    pub fn run_on(&mut self) -> Result<(), VmmError> {
+        match &mut self.control {
+            Control::Qemu(monitor) => qemu::run_on(monitor),
+        }
+    }
+
+    /// Lets a guest that stands still go on. Blocks.
+    pub fn go_on(&mut self) -> Result<(), VmmError> {
+        match &mut self.control {
+            Control::Qemu(monitor) => monitor.call("cont", None, None, COMMAND_TIMEOUT_MS).map(drop),
+        }
+    }
+
+    /// Waits until a machine that was started of an image has taken it; the guest then stands still.
+    /// Blocks.
+    pub fn wait_until_restored(&mut self) -> Result<(), VmmError> {
+        match &mut self.control {
+            Control::Qemu(monitor) => qemu::wait_until_restored(monitor),
+        }
+    }
+
+    /// Stands the guest still and writes an image to `directory` under `generation`, on disk when this
+    /// returns. `base` is the generation of the memory that the machine was restored from. The files belong
+    /// to `owner`: whom the machine runs as, or root. After a failure the guest still stands. Blocks.
+    pub fn save(
         &mut self,
-        command: &'static str,
-        arguments: Option<Value>,
-        file: Option<BorrowedFd<'_>>,
-        timeout_ms: u64,
-    ) -> Result<Value, VmmError> {
-        let end = Instant::now() + Duration::from_millis(timeout_ms);
-        if let Some(file) = file {
-            // What is sent before must not carry the file.
-            self.wait_until_written(command, end)?;
-            let id = self.client.execute(command, arguments)?;
-            let sent = passing::send_with_file(self.monitor.as_fd(), self.client.output(), file)
-                .map_err(system("handing a file to", Path::new("the VMM's monitor")))?;
-            self.client.consume_output(sent);
-            return self.wait_for_answer(command, id, end);
-        }
-        let id = self.client.execute(command, arguments)?;
-        self.wait_for_answer(command, id, end)
+        directory: &Path,
+        generation: u64,
+        base: Option<u64>,
+        owner: u32,
+    ) -> Result<(Image, Written), VmmError> {
+        let place = Place { directory, generation, base, owner };
+        let saved = match &mut self.control {
+            Control::Qemu(monitor) => qemu::save(monitor, self.process.pid(), &place)?,
+        };
+        let handle = File::open(directory).map_err(system("opening", directory))?;
+        handle.sync_all().map_err(system("writing out", directory))?;
+        Ok(saved)
     }
 
-    fn wait_until_written(&mut self, command: &'static str, end: Instant) -> Result<(), VmmError> {
-        loop {
-            self.write()?;
-            if self.client.output().is_empty() {
-                return Ok(());
-            }
-            self.wait_for_monitor(command, libc::POLLOUT, end)?;
-        }
-    }
-
-    fn wait_for_answer(
-        &mut self,
-        command: &'static str,
-        wanted: CommandId,
-        end: Instant,
-    ) -> Result<Value, VmmError> {
-        loop {
-            let pumped = self.pump_monitor()?;
-            while let Some(event) = self.next_event() {
-                match event {
-                    Event::Answer { id, result } if id == wanted => {
-                        return result.map_err(|e| VmmError::Refused { command, why: e.description });
-                    }
-                    other if self.held.len() < MAX_HELD_EVENTS => self.held.push_back(other),
-                    other => log::debug!("too much at once from a VMM, dropped: {other:?}"),
-                }
-            }
-            match pumped {
-                Pump::Closed => return Err(VmmError::MonitorClosed),
-                Pump::More => {}
-                Pump::Drained => {
-                    let writing = if self.client.output().is_empty() { 0 } else { libc::POLLOUT };
-                    self.wait_for_monitor(command, libc::POLLIN | writing, end)?;
-                }
-            }
-        }
-    }
-
-    fn wait_for_monitor(
-        &self,
-        command: &'static str,
-        events: libc::c_short,
-        end: Instant,
-    ) -> Result<(), VmmError> {
-        let left = end.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(VmmError::NoAnswer { command });
-        }
-        poll::wait(self.monitor.as_fd(), events, left)
-            .map_err(system("waiting for", Path::new("the VMM's monitor")))
-    }
-
-    /// The monitor's descriptor, to wait on for reading and writing.
+    /// The control socket's descriptor, to wait on for reading and writing.
     pub fn monitor_fd(&self) -> RawFd {
-        self.monitor.as_raw_fd()
+        match &self.control {
+            Control::Qemu(monitor) => monitor.fd(),
+        }
     }
 
-    /// Writes and reads what can be written and read, up to a bound. Call it when the monitor's descriptor
-    /// is ready, once right after the start, and again after [`Pump::More`]; then take the events.
+    /// Writes and reads what can be written and read, up to a bound. Call it when the control socket's
+    /// descriptor is ready, once right after the start, and again after [`Pump::More`]; then take the
+    /// events.
     pub fn pump_monitor(&mut self) -> Result<Pump, VmmError> {
-        self.write()?;
-        let mut chunk = [0; CHUNK_BYTES];
-        for _ in 0..PUMP_BYTES / CHUNK_BYTES {
-            match self.monitor.read(&mut chunk) {
-                Ok(0) => return Ok(Pump::Closed),
-                Ok(count) => self.client.receive(&chunk[..count])?,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Pump::Drained),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return Ok(Pump::Closed),
-            }
+        match &mut self.control {
+            Control::Qemu(monitor) => monitor.pump(),
         }
-        Ok(Pump::More)
     }
 
     /// The next thing that has happened.
     pub fn poll_event(&mut self) -> Option<Event> {
-        self.held.pop_front().or_else(|| self.next_event())
-    }
-
-    fn next_event(&mut self) -> Option<Event> {
-        Some(match self.client.poll()? {
-            Message::Ready { .. } => Event::Ready,
-            Message::Answer { id, result } => Event::Answer { id, result },
-            Message::Event { name, data } => match name.as_str() {
-                "SHUTDOWN" => {
-                    let reason = data.get("reason").and_then(Value::as_str).unwrap_or("unknown");
-                    Event::GuestShutdown { reason: reason.to_owned() }
-                }
-                "STOP" => Event::Paused,
-                "RESUME" => Event::Resumed,
-                _ => Event::Other { name },
-            },
-        })
+        match &mut self.control {
+            Control::Qemu(monitor) => monitor.poll_event(),
+        }
     }
 
     /// The serial port's descriptor, to wait on for reading.
@@ -296,37 +222,6 @@ impl Machine {
     pub fn diagnostics(&self) -> String {
         self.errors.as_ref().map(Capture::text).unwrap_or_default()
     }
-
-    fn write(&mut self) -> Result<(), VmmError> {
-        while !self.client.output().is_empty() {
-            match self.monitor.write(self.client.output()) {
-                Ok(count) => self.client.consume_output(count),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return Err(VmmError::MonitorClosed),
-            }
-        }
-        Ok(())
-    }
-}
-
-/// By way of the directory's descriptor: a socket's own path may have no more than 107 bytes, unix(7).
-fn short_path(handle: &File, name: &str) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}/{name}", handle.as_raw_fd()))
-}
-
-fn listen(handle: &File, directory: &Path, name: &str) -> Result<UnixListener, VmmError> {
-    let path = short_path(handle, name);
-    match std::fs::remove_file(&path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(system("removing", &directory.join(name))(e)),
-        _ => UnixListener::bind(path).map_err(system("listening on", &directory.join(name))),
-    }
-}
-
-fn connect(handle: &File, directory: &Path, name: &str) -> Result<UnixStream, VmmError> {
-    UnixStream::connect(short_path(handle, name))
-        .and_then(|stream| stream.set_nonblocking(true).map(|()| stream))
-        .map_err(system("connecting to", &directory.join(name)))
 }
 
 /// For `map_err`: a system call that failed in this step on this file.

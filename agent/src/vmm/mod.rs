@@ -1,6 +1,7 @@
 //! Virtual machine monitors: what a machine is to be like, and how it is started, watched and ended.
 //!
 //! - [`MachineSpec`]: what a machine is to be like
+//! - [`Vmm`]: the monitor that this host starts machines with
 //! - [`qemu`]: starts one in QEMU
 //! - [`Machine`]: one that runs, whoever started it
 //! - [`qmp`]: QEMU's protocol; [`console`]: the guest's serial port
@@ -21,10 +22,56 @@ pub use image::Image;
 pub use machine::{Event, Machine};
 
 use crate::disk::DiskImage;
-use crate::net::MacAddress;
+use crate::net::{MacAddress, Tap};
+use probe::KvmUnusable;
+use qemu::Qemu;
 use std::fs::File;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+
+/// The virtual machine monitor that this host starts machines with.
+#[derive(Debug)]
+pub enum Vmm {
+    /// QEMU.
+    Qemu(Qemu),
+}
+
+impl Vmm {
+    /// Program, version and accelerator, as `qemu 7.2.22, tcg`.
+    pub fn describe(&self) -> String {
+        match self {
+            Vmm::Qemu(qemu) => qemu.describe(),
+        }
+    }
+
+    /// Whether the processor runs the guests' instructions.
+    pub fn uses_kvm(&self) -> bool {
+        match self {
+            Vmm::Qemu(qemu) => qemu.uses_kvm(),
+        }
+    }
+
+    /// Why KVM is not used, where it is not.
+    pub fn why_not_kvm(&self) -> Option<&KvmUnusable> {
+        match self {
+            Vmm::Qemu(qemu) => qemu.why_not_kvm(),
+        }
+    }
+
+    /// Starts a machine whose network cable is `tap`, in the network namespace `namespace`. What becomes of
+    /// it is seen at the machine's descriptors. On failure nothing runs. Blocks.
+    pub fn start(
+        &self,
+        spec: &MachineSpec,
+        tap: Tap,
+        namespace: BorrowedFd<'_>,
+    ) -> Result<Machine, VmmError> {
+        match self {
+            Vmm::Qemu(qemu) => qemu.start(spec, tap, namespace),
+        }
+    }
+}
 
 /// The files that a machine goes on from.
 #[derive(Debug, Clone)]

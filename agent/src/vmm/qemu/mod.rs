@@ -3,18 +3,29 @@
 //!
 //! - [`Qemu`]: finds the program and starts machines
 //! - `arguments`: the command line
+//! - `sockets`: the connections to it; [`Monitor`]: its control socket
+//! - `saving`, `memory`: what is kept of a machine that pauses
 
 mod arguments;
+mod memory;
+mod monitor;
+mod saving;
+mod sockets;
 
-use super::machine::{self, Machine, system};
+pub use monitor::Monitor;
+pub(super) use saving::{run_on, save, wait_until_restored};
+pub(super) use sockets::connect;
+
+use super::machine::{Machine, system};
 use super::probe::{self, KvmUnusable};
-use super::{MachineSpec, VmmError, image};
+use super::{MachineSpec, VmmError};
 use crate::disk::DiskImage;
 use crate::net::Tap;
 use crate::sys::memfd::{self, Capture};
 use crate::sys::pidfd::Process;
 use crate::sys::spawn::{Confinement, Identity, spawn};
 use arguments::{DiskFds, Inputs};
+use std::ffi::CStr;
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
@@ -22,6 +33,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
+/// What the memory of a machine that has booted is called in `/proc/PID/maps`.
+const MEMORY_NAME: &CStr = c"guest memory";
 const PROGRAM: &str = "qemu-system-x86_64";
 /// Where distributions put it.
 const DIRECTORIES: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/bin"];
@@ -122,14 +135,14 @@ impl Qemu {
             Some(restore) => Arc::clone(&restore.memory),
             None => {
                 let bytes = u64::from(spec.memory_mb) << 20;
-                let memory = memfd::private(image::MEMORY_NAME, bytes, spec.uid, spec.gid)
+                let memory = memfd::private(MEMORY_NAME, bytes, spec.uid, spec.gid)
                     .map_err(system("making the memory of", Path::new(&spec.name)))?;
                 Arc::new(File::from(memory))
             }
         };
         let state = spec.restore.as_ref().map(|restore| restore.state.as_fd());
         let disks: Vec<OpenDisk> = spec.disks.iter().map(OpenDisk::open).collect::<Result<_, _>>()?;
-        let (listeners, connections) = machine::create_sockets(&spec.directory)?;
+        let (listeners, (control, console)) = sockets::create(&spec.directory)?;
         let errors = Capture::new(c"qemu output", DIAGNOSTICS_BYTES)
             .map_err(system("making the output of", &self.program))?;
 
@@ -164,7 +177,7 @@ impl Qemu {
         let mut child = spawn(&mut command, &self.confinement(spec, namespace, &inherit))
             .map_err(system("starting", &self.program))?;
         match Process::child(child.id()) {
-            Ok(process) => Ok(Machine::started(process, connections, Some(errors))),
+            Ok(process) => Ok(Machine::started(process, control, console, Some(errors))),
             Err(e) => {
                 // Without a descriptor there is no watching it: it goes, and the first error is the one
                 // to tell.
