@@ -20,6 +20,10 @@ pub struct Config {
     pub slots: (Slot, Slot),
     /// The name server of guests with internet access.
     pub guest_dns: Option<Ipv4Addr>,
+    /// How many virtual CPUs are promised for each core.
+    pub vcpu_overcommit: u64,
+    /// How many times over disk space is promised.
+    pub disk_overcommit: u64,
 }
 
 impl Config {
@@ -43,6 +47,8 @@ impl Config {
             qemu: optional(settings, "WRENN_QEMU_BIN", Settings::path)?,
             slots: (slot(first)?, slot(last)?),
             guest_dns: optional(settings, "WRENN_GUEST_DNS", Settings::ipv4)?,
+            vcpu_overcommit: settings.number("WRENN_VCPU_OVERCOMMIT")?,
+            disk_overcommit: settings.number("WRENN_DISK_OVERCOMMIT")?,
         })
     }
 }
@@ -85,6 +91,7 @@ mod tests {
         assert_eq!(config.directory, PathBuf::from("/var/lib/wrenn"));
         assert!(config.control_plane.is_none() && config.qemu.is_none() && config.guest_dns.is_none());
         assert_eq!((config.slots.0.index(), config.slots.1.index()), (1, 65_534));
+        assert_eq!((config.vcpu_overcommit, config.disk_overcommit), (8, 8));
     }
 
     #[test]

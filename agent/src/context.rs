@@ -8,6 +8,7 @@ use crate::layout::{Kernel, Layout};
 use crate::net::{NetError, SlotAllocator};
 use crate::registration::Report as RegistrationReport;
 use crate::snapshots::{SharedMemory, SnapshotError};
+use crate::sys::cgroup::Groups;
 use crate::vmm::Vmm;
 use crate::worker::Workers;
 use mio::event::Source as MioSource;
@@ -93,6 +94,8 @@ pub struct Host {
     pub kernel: Kernel,
     /// The virtual machine monitor.
     pub vmm: Arc<Vmm>,
+    /// Where the control groups of capsules are; none where there are none.
+    pub groups: Option<Groups>,
     /// How disks are made.
     pub disks: Backend,
     /// CPU cores.

@@ -1,15 +1,15 @@
 //! What the agent does for a control plane: the requests of one wire session.
 
 use crate::agent::{Agent, Dirty, MAX_CAPSULES};
+use crate::capsule::admission::{self, Promised};
 use crate::capsule::failure::Failure;
 use crate::capsule::lifecycle::{Event as LifeEvent, Part, Work};
-use crate::capsule::spec::{self, MAX_DEADLINE_MS, Reserved};
+use crate::capsule::spec::{self, MAX_DEADLINE_MS};
 use crate::capsule::{Capsule, CapsuleKey, CapsuleTimer, MAX_WAITERS, SnapshotOrder, Spec};
 use crate::context::{PeerId, Report, SnapshotsReport, TimerKey};
 use crate::forward::Forward;
 use crate::net::Policy;
 use crate::snapshots::{self, SnapshotError};
-use crate::sys::resources;
 use mio::Token;
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -24,7 +24,6 @@ use wire::session::{Event, SendError, StreamId};
 
 /// Who a control plane says it is.
 pub const CP_IDENTITY: &str = "cp";
-const MIB: u64 = 1024 * 1024;
 
 /// A control plane's connection.
 pub struct Peer {
@@ -154,33 +153,28 @@ impl Agent {
 
     fn on_host_status(&mut self, waiter: (PeerId, StreamId)) {
         let host = &self.ctx.host;
-        let (disk, disk_free) = resources::disk_space(host.layout.root()).unwrap_or_else(|e| {
-            log::warn!("space in {}: {e}", host.layout.root().display());
-            (0, 0)
-        });
-        let reserved = self.reserved();
+        let (capacity, promised) = (spec::capacity(host), self.promised());
+        let left = admission::left(&capacity, &promised);
+        let narrow = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
         let reply = HostStatusReply {
             version: env!("CARGO_PKG_VERSION").into(),
             arch: std::env::consts::ARCH.into(),
             cpu_cores: host.cpu_cores,
             memory_mb: host.memory_mb,
-            memory_reserved_mb: u32::try_from(reserved.memory_mb).unwrap_or(u32::MAX),
-            vcpus_reserved: u32::try_from(reserved.vcpus).unwrap_or(u32::MAX),
-            disk_mb: disk / MIB,
-            disk_free_mb: disk_free / MIB,
+            memory_reserved_mb: narrow(capacity.memory_mb.saturating_sub(left.memory_mb)),
+            vcpus_reserved: narrow(promised.vcpus),
+            disk_mb: capacity.disk_mb,
+            disk_free_mb: left.disk_mb,
             vmm: host.vmm.describe(),
             templates: host.layout.templates(),
         };
         self.answer(waiter, &reply);
     }
 
-    /// What capsules hold now.
-    fn reserved(&self) -> Reserved {
-        let held = self.capsules.values().filter(|c| c.holds_resources());
-        held.fold(Reserved::default(), |sum, c| Reserved {
-            memory_mb: sum.memory_mb + u64::from(c.spec.memory_mb),
-            vcpus: sum.vcpus + u64::from(c.spec.vcpus),
-        })
+    /// What capsules were promised and do not have yet.
+    fn promised(&self) -> Promised {
+        let overhead_mb = self.ctx.host.vmm.overhead_mb();
+        self.capsules.values().fold(Promised::default(), |sum, c| c.add_promised(sum, overhead_mb))
     }
 
     /// Makes a capsule, with what it may reach where that was said.
@@ -198,7 +192,7 @@ impl Agent {
         } else if self.capsules.len() >= MAX_CAPSULES {
             refusal(Code::ResourceExhausted, format!("this host has {MAX_CAPSULES} capsules already"))
         } else {
-            Spec::admit(request, &self.ctx.host, self.reserved()).map_err(|e| (e.code(), e.to_string()))
+            Spec::admit(request, &self.ctx.host, &self.promised()).map_err(|e| (e.code(), e.to_string()))
         };
         let begun = admitted.and_then(|spec| self.begin_create(waiter, spec, policy));
         if let Err((code, text)) = begun {
@@ -361,7 +355,7 @@ impl Agent {
         if self.is_stopping() {
             return Err((Code::ShuttingDown, "the host agent is shutting down; try again".into()));
         }
-        let reserved = self.reserved();
+        let promised = self.promised();
         let now_ms = self.ctx.now_ms();
         let Some(capsule) = self.capsules.get_mut(&key) else { return Ok(()) };
         capsule.lifecycle.check(work).map_err(|text| (Code::InvalidState, text))?;
@@ -369,7 +363,7 @@ impl Agent {
             Work::Pause => LifeEvent::Pause,
             Work::Snapshot => LifeEvent::Snapshot,
             Work::Resume => {
-                spec::readmit(&capsule.spec, &self.ctx.host, reserved)
+                spec::readmit(&capsule.spec, &self.ctx.host, &promised)
                     .map_err(|e| (Code::ResourceExhausted, e.to_string()))?;
                 LifeEvent::Resume
             }

@@ -13,6 +13,7 @@ use crate::layout::{Layout, LayoutError, Lock};
 use crate::net::{NetError, Slot, SlotAllocator, existing_slots, host};
 use crate::registration::{self, Credentials, CredentialsError, Registration};
 use crate::snapshots::{self, SharedMemory};
+use crate::sys::cgroup::Groups;
 use crate::sys::resources;
 use crate::vmm::qemu::Qemu;
 use crate::vmm::{Vmm, VmmError};
@@ -171,6 +172,7 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
     if open_files < FEW_OPEN_FILES {
         log::warn!("only {open_files} open files are allowed: set LimitNOFILE= or `ulimit -n` higher");
     }
+    let groups = groups();
     let found = recover(&layout, Take::Over)?;
     let _guard = match disks {
         Backend::DeviceMapper => {
@@ -215,6 +217,7 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
         config,
         kernel,
         vmm: Arc::new(vmm),
+        groups,
         disks,
         cpu_cores: cpu_cores()?,
         memory_mb: memory_mb()?,
@@ -226,12 +229,35 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
     let mut agent = Agent::new(parts).map_err(system("watching the listener and signals"))?;
     agent.take_over(found.paused, found.running);
     let outcome = agent.run().map_err(system("the event loop"))?;
+    if let Some(Err(e)) = agent.ctx.host.groups.as_ref().map(Groups::remove_if_unused) {
+        log::warn!("the group of the capsules' control groups stays: {e}");
+    }
     match host::remove_if_unused() {
         Ok(_) => {}
         Err(e) => log::warn!("the host's firewall table stays: {e}"),
     }
     log::info!("ended");
     Ok(outcome)
+}
+
+/// Where the control groups of capsules go. Without them capsules run all the same, which has to be said.
+fn groups() -> Option<Groups> {
+    match Groups::prepare() {
+        Ok(groups) => {
+            if !groups.missing().is_empty() {
+                let missing = groups.missing().join(" and ");
+                log::warn!("this kernel has no controller for {missing}: capsules have no limits there");
+            }
+            log::debug!("control groups in {}", groups.directory().display());
+            Some(groups)
+        }
+        Err(e) => {
+            log::error!(
+                "CAPSULES RUN WITHOUT LIMITS of memory, processes and processor time on this host: {e}"
+            );
+            None
+        }
+    }
 }
 
 /// The slots of this agent but for those that something on the host has already.
@@ -253,17 +279,11 @@ fn cpu_cores() -> Result<u32, StartError> {
 fn memory_mb() -> Result<u32, StartError> {
     let path = PathBuf::from("/proc/meminfo");
     let text = std::fs::read_to_string(&path).map_err(system("reading /proc/meminfo"))?;
-    total_memory_mb(&text).ok_or_else(|| StartError::System {
+    let bytes = resources::meminfo(&text, "MemTotal:");
+    bytes.and_then(|bytes| u32::try_from(bytes / MIB).ok()).ok_or_else(|| StartError::System {
         step: "reading /proc/meminfo".into(),
         source: io::Error::new(io::ErrorKind::InvalidData, "it has no MemTotal line"),
     })
-}
-
-/// `MemTotal` of proc(5)'s meminfo, which is in KiB.
-fn total_memory_mb(meminfo: &str) -> Option<u32> {
-    let line = meminfo.lines().find_map(|l| l.strip_prefix("MemTotal:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    u32::try_from(kib / 1024).ok()
 }
 
 #[cfg(test)]
@@ -272,9 +292,6 @@ mod tests {
 
     #[test]
     fn memory_is_read_from_meminfo() {
-        let text = "MemTotal:       24634212 kB\nMemFree:         1 kB\n";
-        assert_eq!(total_memory_mb(text), Some(24_056));
-        assert_eq!(total_memory_mb("MemFree: 1 kB\n"), None);
         assert!(memory_mb().expect("this machine") > 0);
     }
 }

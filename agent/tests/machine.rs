@@ -85,6 +85,7 @@ impl Capsule {
             gid: FIRST_UID + self.network.slot().index(),
             directory: self.directory.0.clone(),
             restore: None,
+            group: None,
         }
     }
 

@@ -2,11 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Programs whose processes count.
 const PROGRAMS: [&str; 5] = ["qemu-system", "wrenn-cp", "wrenn-agent", "envd", "postgres"];
+
+/// How deep groups are looked for: a slice, a unit, `wrenn`, a capsule's, and one more.
+const MAX_GROUP_DEPTH: usize = 5;
 
 /// One thing of the machine: its kind and its name.
 pub type Thing = (&'static str, String);
@@ -70,8 +73,22 @@ fn in_use(device: &str) -> bool {
     Path::new("/sys/block").join(device).join("loop/backing_file").exists()
 }
 
+/// The agent's groups and all beneath them, in whichever group it runs.
 fn control_groups() -> Vec<String> {
-    names_in("/sys/fs/cgroup").into_iter().filter(|n| n.contains("wrenn")).collect()
+    let mut found = Vec::new();
+    let mut directories = vec![(PathBuf::from("/sys/fs/cgroup"), 0)];
+    while let Some((directory, depth)) = directories.pop() {
+        let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
+        for path in entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path()) {
+            if path.iter().any(|part| part == "wrenn") {
+                found.push(path.display().to_string());
+            }
+            if depth < MAX_GROUP_DEPTH {
+                directories.push((path, depth + 1));
+            }
+        }
+    }
+    found
 }
 
 fn mounts() -> Vec<String> {

@@ -11,6 +11,7 @@ use crate::context::{Context, Report, Source as LoopSource, TimerKey};
 use crate::disk::{self, Disk, DiskError, DiskSpec};
 use crate::net::{CapsuleNetwork, NetError, Tap, destroy_remains};
 use crate::snapshots::link_disk;
+use crate::sys::cgroup::{self, CgroupError};
 use crate::vmm::Machine;
 use std::fmt;
 use std::io;
@@ -31,8 +32,8 @@ pub enum CapsuleReport {
     DiskMade(Result<Box<dyn Disk>, DiskError>),
     /// The machine runs and its record is written.
     MachineMade(Result<Box<Machine>, MachineFailure>),
-    /// The network is gone.
-    NetworkRemoved(Result<(), NetError>),
+    /// The network is gone, and the control group with it.
+    NetworkRemoved(Result<(), RemoveFailure>),
     /// The disk is gone.
     DiskRemoved(Result<(), DiskError>),
     /// The directory is gone.
@@ -58,6 +59,24 @@ pub enum NetworkFailure {
     Record(io::Error),
     /// The network could not be made.
     Net(NetError),
+}
+
+/// Why a network stays, or the control group of the processes that were in it.
+#[derive(Debug)]
+pub enum RemoveFailure {
+    /// The control group could not be removed.
+    Group(CgroupError),
+    /// The network could not be removed.
+    Net(NetError),
+}
+
+impl fmt::Display for RemoveFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RemoveFailure::Group(e) => e.fmt(f),
+            RemoveFailure::Net(e) => e.fmt(f),
+        }
+    }
 }
 
 impl fmt::Display for NetworkFailure {
@@ -124,6 +143,8 @@ impl Capsule {
         let Some(slot) = self.slot else { return };
         self.network_attempts += 1;
         self.record.slot = Some(slot.index());
+        // Named before the machine that will be in it.
+        self.record.group = self.group(ctx).map(|group| group.path().to_owned());
         let (record, directory) = (self.record.clone(), self.directory.clone());
         let wanted = self.policy.clone();
         self.submit(ctx, move || {
@@ -175,18 +196,23 @@ impl Capsule {
                 self.tap = None;
                 self.close_metadata(ctx);
                 let directory = self.directory.clone();
-                match (self.network.take(), self.slot) {
-                    (Some(network), _) => {
-                        self.submit(ctx, move || {
-                            CapsuleReport::NetworkRemoved(remove_noted(&directory, || network.destroy()))
-                        });
-                    }
-                    // An earlier try took it and did not get through.
-                    (None, Some(slot)) => self.submit(ctx, move || {
-                        CapsuleReport::NetworkRemoved(destroy_remains(slot).map(|_| ()))
-                    }),
-                    (None, None) => return Some(Event::Removed(part)),
+                let (network, slot, group) = (self.network.take(), self.slot, self.record.group.clone());
+                if network.is_none() && slot.is_none() {
+                    return Some(Event::Removed(part));
                 }
+                self.submit(ctx, move || {
+                    // Its processes are the machine's, which is gone: now it goes.
+                    let group = group.as_deref().map_or(Ok(()), cgroup::remove);
+                    let removed = remove_noted(&directory, || match (network, slot) {
+                        (Some(network), _) => network.destroy(),
+                        // An earlier try took it and did not get through.
+                        (None, Some(slot)) => destroy_remains(slot).map(|_| ()),
+                        (None, None) => Ok(()),
+                    });
+                    CapsuleReport::NetworkRemoved(
+                        group.map_err(RemoveFailure::Group).and(removed.map_err(RemoveFailure::Net)),
+                    )
+                });
                 None
             }
             Part::Disk => {

@@ -4,6 +4,7 @@ use super::executor::{CapsuleReport, make_failed, remove_failed};
 use super::failure::Failure;
 use super::journal::{self, Phase, Step};
 use super::lifecycle::{Event, Part};
+use super::limits::limits;
 use super::metadata::MetadataService;
 use super::record::{ProcessRecord, Record};
 use super::saving::{restore, start_from_snapshot};
@@ -12,6 +13,7 @@ use super::{Capsule, CapsuleTimer, Source};
 use crate::config::guest_name_server;
 use crate::context::{Context, Source as LoopSource, TimerKey, random_bytes};
 use crate::net::metadata::Endpoint;
+use crate::sys::cgroup::{self, Group};
 use crate::vmm::{self, Machine, MachineSpec, Pump, VmmError};
 use mio::unix::SourceFd;
 use std::fmt;
@@ -68,6 +70,7 @@ impl Capsule {
             gid: self.record.uid,
             directory: self.directory.clone(),
             restore: None,
+            group: self.group(ctx),
         };
         let namespace = network
             .namespace()
@@ -125,6 +128,12 @@ impl Capsule {
             self.watch_new_machine(ctx, machine);
         }
         self.open_metadata(ctx)
+    }
+
+    /// Its control group, with the limits that it is to have.
+    pub(super) fn group(&self, ctx: &Context) -> Option<Group> {
+        let limits = limits(self.spec.vcpus, self.spec.memory_mb, ctx.host.vmm.overhead_mb());
+        ctx.host.groups.as_ref().map(|groups| groups.of(&self.spec.id, limits))
     }
 
     pub(super) fn on_machine_made(
@@ -211,6 +220,11 @@ impl Capsule {
             Some(reason) => format!("the VMM shut down ({reason})"),
             None => format!("the VMM {exit}"),
         };
+        if let Some(group) = &self.record.group
+            && cgroup::ran_out_of_memory(group)
+        {
+            text.push_str(", because it took more memory of the host than the capsule may");
+        }
         if !diagnostics.trim().is_empty() {
             text.push_str(&format!("; it said: {}", tail(diagnostics.trim())));
         }

@@ -1,6 +1,7 @@
 //! Capsules: one microVM each, with everything that belongs to it.
 //!
 //! - [`lifecycle`]: the pure state machine; what happens next is decided there and nowhere else
+//! - [`admission`]: whether the host has room for one more
 //! - [`failure`]: why one could not be made, ended, or could not be removed
 //! - [`spec`]: what was asked for, checked
 //! - `executor`: does what the state machine says, through worker jobs
@@ -8,14 +9,17 @@
 //! - `saving`: pausing it and letting it go on
 //! - `guest`: the way to the guest daemon
 //! - `watch`: changing what it may reach, and what it uses
+//! - [`limits`]: what its processes may use of the host
 //! - [`metadata`]: the guest's metadata service
 //! - [`record`]: what a capsule owns
 //! - [`journal`]: what was intended and done, on disk
 //! - [`recovery`]: going on with what an agent before this one has left, and clearing away the rest
 
+pub mod admission;
 pub mod failure;
 pub mod journal;
 pub mod lifecycle;
+pub mod limits;
 pub mod metadata;
 pub mod record;
 pub mod recovery;
@@ -178,6 +182,7 @@ impl Capsule {
             generation: 0,
             ready: false,
             destroying: false,
+            group: None,
             kept: Kept::new(&spec, &secret),
         };
         Capsule::with(key, spec, directory, slot, now_ms, record, secret)
@@ -218,6 +223,7 @@ impl Capsule {
     fn take_disk(&mut self, disk: Box<dyn Disk>) {
         self.disk_mb = u32::try_from(disk.virtual_bytes().div_ceil(MIB)).unwrap_or(u32::MAX);
         self.record.kept.disk_mb = self.disk_mb;
+        self.disk_bytes = disk.allocated_bytes().ok();
         self.disk = Some(disk);
         self.envd_version.clone_from(&self.record.kept.envd_version);
     }

@@ -62,6 +62,9 @@ pub struct Record {
     /// Whether it is being destroyed, or has ended.
     #[serde(default)]
     pub destroying: bool,
+    /// The control group of its processes.
+    #[serde(default)]
+    pub group: Option<PathBuf>,
     /// What an agent after this one needs to go on with it.
     #[serde(default)]
     pub kept: Kept,
@@ -184,6 +187,7 @@ pub(super) mod tests {
             generation: 2,
             ready: true,
             destroying: false,
+            group: Some("/sys/fs/cgroup/wrenn/cl-1".into()),
             kept: Kept {
                 secret: "AQID".into(),
                 environment: vec![("QQ==".into(), "/w==".into())],

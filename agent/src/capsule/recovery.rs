@@ -9,6 +9,7 @@ use crate::disk::{self, Backend, Disk, DiskError};
 use crate::layout::{Layout, is_capsule_id};
 use crate::net::slot::Slot;
 use crate::net::{CapsuleNetwork, NetError, Policy, destroy_remains, netns};
+use crate::sys::cgroup::{self, CgroupError};
 use crate::sys::pidfd::Process;
 use crate::vmm::{Machine, VmmError, image};
 use crate::whole_file;
@@ -42,6 +43,8 @@ pub enum RecoveryError {
         /// Its number.
         pid: u32,
     },
+    /// The control group could not be removed.
+    Group(CgroupError),
     /// The network could not be removed.
     Net(NetError),
     /// The disk could not be removed, or cannot be used.
@@ -57,6 +60,7 @@ impl fmt::Display for RecoveryError {
         match self {
             RecoveryError::Io { step, path, source } => write!(f, "{step} {}: {source}", path.display()),
             RecoveryError::StillRuns { pid } => write!(f, "process {pid} did not end although it was killed"),
+            RecoveryError::Group(e) => e.fmt(f),
             RecoveryError::Net(e) => e.fmt(f),
             RecoveryError::Disk(e) => e.fmt(f),
             RecoveryError::Vmm(e) => e.fmt(f),
@@ -306,6 +310,11 @@ fn end_machine(directory: &Path, record: Option<&Record>) -> Result<(), Recovery
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(io_error("opening the process of", directory)(e)),
         }
+    }
+    if let Some(record) = record
+        && let Some(group) = record.group.as_deref().filter(|g| cgroup::is_group_of(g, &record.capsule_id))
+    {
+        cgroup::remove(group).map_err(RecoveryError::Group)?;
     }
     if let Some(slot) = record.and_then(Record::slot) {
         // A VMM that was started just before the agent died is in no record, but it is in the namespace.

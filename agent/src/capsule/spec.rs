@@ -1,5 +1,7 @@
 //! What a capsule shall be, checked before anything is made.
 
+use super::admission::{self, Capacity, Need, Promised, Shortage};
+use super::limits::host_memory_mb;
 use crate::context::Host;
 use crate::layout::{LayoutError, is_capsule_id};
 use crate::snapshots::{Snapshot, SnapshotError};
@@ -19,13 +21,6 @@ pub const MAX_DEADLINE_MS: u32 = 600_000;
 pub const MAX_ENVIRONMENT: usize = 256;
 /// The most bytes of all names and values of the default environment.
 pub const MAX_ENVIRONMENT_BYTES: usize = 32 * 1024;
-/// Memory that capsules never get, in MiB: the host's own programs and each VMM's overhead live in it.
-pub const HOST_RESERVE_MB: u32 = 512;
-/// Free space in the data directory's file system below which no capsule is made, in MiB: those that run
-/// need room to write.
-pub const MIN_DISK_FREE_MB: u64 = 512;
-/// How many virtual CPUs all capsules together may have for each core: a capsule is idle most of the time.
-pub const VCPUS_PER_CORE: u32 = 8;
 const MIB: u64 = 1024 * 1024;
 
 /// What a capsule shall be.
@@ -55,15 +50,6 @@ pub struct Spec {
     pub deadline_ms: u64,
 }
 
-/// Memory and CPUs that capsules hold.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Reserved {
-    /// Memory in MiB.
-    pub memory_mb: u64,
-    /// Virtual CPUs.
-    pub vcpus: u64,
-}
-
 /// Why a capsule is not admitted.
 #[derive(Debug)]
 pub enum SpecError {
@@ -91,24 +77,8 @@ pub enum SpecError {
     },
     /// The environment is too large or has names that are none.
     BadEnvironment(String),
-    /// More than the host has, however empty it is.
-    LargerThanHost {
-        /// What.
-        what: &'static str,
-        /// Asked for.
-        asked: u64,
-        /// What the host has for capsules.
-        has: u64,
-    },
-    /// More than the host has left.
-    HostFull {
-        /// What.
-        what: &'static str,
-        /// Asked for.
-        asked: u64,
-        /// What is left.
-        left: u64,
-    },
+    /// The host has no room for it.
+    NoRoom(Shortage),
 }
 
 impl SpecError {
@@ -119,7 +89,7 @@ impl SpecError {
             SpecError::Layout(LayoutError::Io { .. }) => Code::Internal,
             SpecError::Snapshot(SnapshotError::OtherVmm { .. }) => Code::InvalidState,
             SpecError::Snapshot(_) => Code::Internal,
-            SpecError::HostFull { .. } => Code::ResourceExhausted,
+            SpecError::NoRoom(shortage) if !shortage.is_for_ever() => Code::ResourceExhausted,
             _ => Code::InvalidRequest,
         }
     }
@@ -138,14 +108,7 @@ impl fmt::Display for SpecError {
                 "disk_size_mb is {asked_mb}, but the template needs {template_mb}; ask for that or for 0"
             ),
             SpecError::BadEnvironment(why) => write!(f, "the environment {why}"),
-            SpecError::LargerThanHost { what, asked, has } => {
-                write!(f, "{asked} {what} asked for, but this host has only {has} for capsules")
-            }
-            SpecError::HostFull { what, asked, left } => write!(
-                f,
-                "{asked} {what} needed, but this host has only {left} left; destroy a capsule or try \
-                 another host"
-            ),
+            SpecError::NoRoom(shortage) => shortage.fmt(f),
         }
     }
 }
@@ -161,7 +124,7 @@ impl From<LayoutError> for SpecError {
 impl Spec {
     /// Checks a request against its own bounds and against what the host has and has left. Blocks for a
     /// `stat` or two.
-    pub fn admit(request: &CapsuleCreate, host: &Host, reserved: Reserved) -> Result<Spec, SpecError> {
+    pub fn admit(request: &CapsuleCreate, host: &Host, promised: &Promised) -> Result<Spec, SpecError> {
         if !is_capsule_id(&request.capsule_id) {
             return Err(LayoutError::BadCapsuleId(request.capsule_id.clone()).into());
         }
@@ -169,7 +132,6 @@ impl Spec {
         in_range("memory_mb", request.memory_mb, &MEMORY_MB)?;
         in_range("deadline_ms", request.deadline_ms, &(0..=MAX_DEADLINE_MS))?;
         check_environment(&request.environment)?;
-        let capacity = capacity(host);
         // A template before a snapshot of the same name. A snapshot's machine is as it was.
         let (image, snapshot) = match host.layout.template(&request.template) {
             Ok(image) => (image, None),
@@ -187,13 +149,6 @@ impl Spec {
         }
         let as_saved = snapshot.as_ref().map(|s| (s.manifest.vcpus, s.manifest.memory_mb));
         let (vcpus, memory_mb) = as_saved.unwrap_or((request.vcpus, request.memory_mb));
-        fits("MiB of memory", memory_mb, capacity.memory_mb, reserved.memory_mb)?;
-        fits("virtual CPUs", vcpus, capacity.vcpus, reserved.vcpus)?;
-        let (_, free_bytes) = resources::disk_space(host.layout.root()).unwrap_or((0, u64::MAX));
-        if free_bytes / MIB < MIN_DISK_FREE_MB {
-            let (asked, left) = (MIN_DISK_FREE_MB, free_bytes / MIB);
-            return Err(SpecError::HostFull { what: "MiB of free disk space at least", asked, left });
-        }
         let template_bytes = std::fs::metadata(&image).map_or(0, |m| m.len());
         let asked_bytes = if snapshot.is_some() { 0 } else { u64::from(request.disk_size_mb) * MIB };
         if asked_bytes != 0 && asked_bytes < template_bytes {
@@ -202,6 +157,8 @@ impl Spec {
                 template_mb: template_bytes.div_ceil(MIB),
             });
         }
+        let disk_mb = if asked_bytes == 0 { template_bytes } else { asked_bytes }.div_ceil(MIB);
+        check_room(host, promised, vcpus, memory_mb, disk_mb)?;
         Ok(Spec {
             id: request.capsule_id.clone(),
             template: request.template.clone(),
@@ -222,17 +179,49 @@ impl Spec {
 }
 
 /// Checks whether the host has room for a capsule that is to go on.
-pub fn readmit(spec: &Spec, host: &Host, reserved: Reserved) -> Result<(), SpecError> {
-    let capacity = capacity(host);
-    fits("MiB of memory", spec.memory_mb, capacity.memory_mb, reserved.memory_mb)?;
-    fits("virtual CPUs", spec.vcpus, capacity.vcpus, reserved.vcpus)
+pub fn readmit(spec: &Spec, host: &Host, promised: &Promised) -> Result<(), SpecError> {
+    // Its disk is among what is promised.
+    check_room(host, promised, spec.vcpus, spec.memory_mb, 0)
 }
 
-/// What the host has for capsules.
-fn capacity(host: &Host) -> Reserved {
-    Reserved {
-        memory_mb: u64::from(host.memory_mb.saturating_sub(HOST_RESERVE_MB)),
-        vcpus: u64::from(host.cpu_cores * VCPUS_PER_CORE),
+fn check_room(
+    host: &Host,
+    promised: &Promised,
+    vcpus: u32,
+    memory_mb: u32,
+    disk_mb: u64,
+) -> Result<(), SpecError> {
+    let need = Need {
+        vcpus: u64::from(vcpus),
+        memory_mb: host_memory_mb(memory_mb, host.vmm.overhead_mb()),
+        // When it is paused, its memory is saved.
+        disk_mb: disk_mb + u64::from(memory_mb),
+    };
+    admission::check(&capacity(host), promised, &need).map_err(SpecError::NoRoom)
+}
+
+/// What the host has for capsules now. Blocks for a `statvfs` and a small file. What cannot be found out
+/// does not stop a capsule: it then fails where the resource is taken.
+pub fn capacity(host: &Host) -> Capacity {
+    let (disk_bytes, disk_free_bytes) = resources::disk_space(host.layout.root()).unwrap_or_else(|e| {
+        log::warn!("space in {}: {e}", host.layout.root().display());
+        (u64::MAX, u64::MAX)
+    });
+    let memory_available_mb = resources::available_memory_bytes().map_or_else(
+        |e| {
+            log::warn!("the memory that is available: {e}");
+            u64::from(host.memory_mb)
+        },
+        |bytes| bytes / MIB,
+    );
+    Capacity {
+        cpu_cores: u64::from(host.cpu_cores),
+        memory_mb: u64::from(host.memory_mb),
+        memory_available_mb,
+        disk_mb: disk_bytes / MIB,
+        disk_free_mb: disk_free_bytes / MIB,
+        vcpu_overcommit: host.config.vcpu_overcommit,
+        disk_overcommit: host.config.disk_overcommit,
     }
 }
 
@@ -242,17 +231,6 @@ fn in_range(field: &'static str, value: u32, range: &std::ops::RangeInclusive<u3
     }
     let (min, max) = (u64::from(*range.start()), u64::from(*range.end()));
     Err(SpecError::OutOfRange { field, value: u64::from(value), min, max })
-}
-
-fn fits(what: &'static str, asked: u32, has: u64, reserved: u64) -> Result<(), SpecError> {
-    let (asked, left) = (u64::from(asked), has.saturating_sub(reserved));
-    if asked > has {
-        Err(SpecError::LargerThanHost { what, asked, has })
-    } else if asked > left {
-        Err(SpecError::HostFull { what, asked, left })
-    } else {
-        Ok(())
-    }
 }
 
 fn check_environment(environment: &[(Bytes, Bytes)]) -> Result<(), SpecError> {
@@ -297,14 +275,10 @@ mod tests {
     }
 
     #[test]
-    fn capacity() {
-        assert!(fits("MiB of memory", 256, 1024, 768).is_ok());
-        let full = fits("MiB of memory", 257, 1024, 768).expect_err("full");
-        assert_eq!(full.code(), Code::ResourceExhausted);
-        assert!(full.to_string().contains("only 256 left"), "{full}");
-        let never = fits("MiB of memory", 2048, 1024, 0).expect_err("larger");
-        assert_eq!(never.code(), Code::InvalidRequest);
-        assert!(fits("virtual CPUs", 1, 0, 5).is_err());
+    fn a_full_host_may_have_room_later_and_a_small_one_never() {
+        let shortage = Shortage { resource: admission::Resource::Memory, needed: 300, left: 200, has: 400 };
+        assert_eq!(SpecError::NoRoom(shortage).code(), Code::ResourceExhausted);
+        assert_eq!(SpecError::NoRoom(Shortage { has: 299, ..shortage }).code(), Code::InvalidRequest);
     }
 
     #[test]

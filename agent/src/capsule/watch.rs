@@ -1,6 +1,8 @@
 //! What is asked about a capsule that runs: to change what it may reach, and what it uses.
 
-use super::{Capsule, Waiter};
+use super::admission::Promised;
+use super::limits::host_memory_mb;
+use super::{Capsule, MIB, Waiter};
 use crate::context::{Context, Report};
 use crate::metrics::Probe;
 use crate::net::Policy;
@@ -22,6 +24,24 @@ impl Capsule {
             Report::NetworkChanged { waiter, capsule_id: id, result }
         });
         Ok(())
+    }
+
+    /// Adds what it was promised and does not have yet. Its VMM takes `overhead_mb`.
+    pub fn add_promised(&self, sum: Promised, overhead_mb: u32) -> Promised {
+        let disk_bytes = u64::from(self.disk_mb) * MIB;
+        let growth = disk_bytes.saturating_sub(self.disk_bytes.unwrap_or(0)) / MIB;
+        let disk_mb = sum.disk_mb + growth;
+        if !self.holds_resources() {
+            return Promised { disk_mb, ..sum };
+        }
+        let is_private = self.record.base.is_some() || self.shared_memory.is_some();
+        let touched = self.probe.as_ref().map_or(0, |probe| probe.touched_bytes(is_private));
+        let untouched = host_memory_mb(self.spec.memory_mb, overhead_mb).saturating_sub(touched / MIB);
+        Promised {
+            vcpus: sum.vcpus + u64::from(self.spec.vcpus),
+            memory_mb: sum.memory_mb + untouched,
+            disk_mb: disk_mb + u64::from(self.spec.memory_mb),
+        }
     }
 
     /// Notes what it uses now, if its VMM runs. Its disk is asked only with `with_disk`.

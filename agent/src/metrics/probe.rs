@@ -17,6 +17,8 @@ pub struct Probe {
     statm: File,
     /// Its processor time and the time by the clock when that was read, in nanoseconds.
     before: (u64, u64),
+    /// Its resident memory when it was last looked at, and how much of that is shared or a file's, in bytes.
+    resident: (u64, u64),
 }
 
 impl Probe {
@@ -27,7 +29,14 @@ impl Probe {
     pub fn new(pid: u32, vcpus: u32) -> io::Result<Probe> {
         let statm = File::open(format!("/proc/{pid}/statm"))?;
         let before = (clock::process_ns(pid)?, clock::monotonic_ns()?);
-        Ok(Probe { pid, vcpus, statm, before })
+        Ok(Probe { pid, vcpus, statm, before, resident: (0, 0) })
+    }
+
+    /// Memory that it has taken of the host, in bytes, as of the last sample. Of a guest whose memory is
+    /// mapped privately from a file (`is_private`), what it has only read is the page cache's.
+    pub fn touched_bytes(&self, is_private: bool) -> u64 {
+        let (resident, shared) = self.resident;
+        if is_private { resident.saturating_sub(shared) } else { resident }
     }
 
     /// The process that it reads.
@@ -45,9 +54,9 @@ impl Probe {
         self.before = now;
         let mut buffer = [0; STATM_BYTES];
         let length = self.statm.read_at(&mut buffer, 0)?;
-        let memory = resident_bytes(&buffer[..length])
+        self.resident = resident_bytes(&buffer[..length])
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "statm has no resident size"))?;
-        Ok(Sample::new(share(used, passed, self.vcpus), memory, disk))
+        Ok(Sample::new(share(used, passed, self.vcpus), self.resident.0, disk))
     }
 }
 
@@ -58,11 +67,12 @@ fn share(used: u64, passed: u64, vcpus: u32) -> u64 {
     u64::try_from(share).unwrap_or(u64::MAX)
 }
 
-/// The second number of proc(5)'s statm, in pages.
-fn resident_bytes(statm: &[u8]) -> Option<u64> {
-    let text = std::str::from_utf8(statm).ok()?;
-    let pages: u64 = text.split_ascii_whitespace().nth(1)?.parse().ok()?;
-    pages.checked_mul(clock::page_bytes())
+/// The second and third number of proc(5)'s statm, which are in pages: all resident memory, and what of it
+/// is shared or a file's.
+fn resident_bytes(statm: &[u8]) -> Option<(u64, u64)> {
+    let mut numbers = std::str::from_utf8(statm).ok()?.split_ascii_whitespace().skip(1);
+    let mut next = || numbers.next()?.parse::<u64>().ok()?.checked_mul(clock::page_bytes());
+    Some((next()?, next()?))
 }
 
 #[cfg(test)]
@@ -79,8 +89,9 @@ mod tests {
 
     #[test]
     fn statm_is_in_pages() {
-        assert_eq!(resident_bytes(b"100 25 3 4 0 6 0\n"), Some(25 * clock::page_bytes()));
-        for bad in [&b""[..], b"100", b"100 x", b"\xff \xff", b"1 99999999999999999999"] {
+        let page = clock::page_bytes();
+        assert_eq!(resident_bytes(b"100 25 3 4 0 6 0\n"), Some((25 * page, 3 * page)));
+        for bad in [&b""[..], b"100", b"100 25", b"100 x 1", b"\xff \xff", b"1 99999999999999999999"] {
             assert_eq!(resident_bytes(bad), None);
         }
     }
@@ -93,6 +104,8 @@ mod tests {
         let sample = probe.sample(7).expect("a sample");
         assert!(sample.cpu > 0, "{sample:?}");
         assert!(sample.memory() > 1 << 20 && sample.disk() == 1024, "{sample:?}");
+        assert_eq!(probe.touched_bytes(false), sample.memory());
+        assert!((1..sample.memory()).contains(&probe.touched_bytes(true)));
         assert!(Probe::new(u32::MAX >> 4, 1).is_err());
     }
 }

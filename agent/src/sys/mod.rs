@@ -6,6 +6,7 @@
 //! - [`tun`]: TAP devices
 //! - [`pidfd`]: processes that can be waited for and killed without a race
 //! - [`spawn`]: starting a program with nothing of ours but what it is given
+//! - [`cgroup`]: limits on groups of processes
 //! - [`memfd`]: files that exist only in memory
 //! - [`dm`]: device-mapper devices
 //! - [`loopdev`]: block devices whose content is a file
@@ -19,6 +20,7 @@
 //!
 //! What the control plane needs too is in `wire::reactor::sys`.
 
+pub mod cgroup;
 pub mod clock;
 pub mod dm;
 pub mod kvm;

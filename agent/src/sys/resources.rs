@@ -1,4 +1,4 @@
-//! What the machine has: statvfs(3) for disk space.
+//! What the machine has: statvfs(3) for disk space, proc(5) for memory.
 
 use std::ffi::CString;
 use std::io;
@@ -15,8 +15,33 @@ pub fn disk_space(path: &Path) -> io::Result<(u64, u64)> {
     Ok((stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize))
 }
 
+/// Memory that the kernel could give to programs now without swapping, in bytes: what is free, and most of
+/// what caches files.
+pub fn available_memory_bytes() -> io::Result<u64> {
+    meminfo(&std::fs::read_to_string("/proc/meminfo")?, "MemAvailable:")
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/meminfo has no MemAvailable line"))
+}
+
+/// A value of proc(5)'s meminfo, which is in KiB, in bytes.
+pub fn meminfo(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|l| l.strip_prefix(name))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn there_is_memory() {
+        let available = super::available_memory_bytes().expect("this machine");
+        assert!(available > 1 << 20);
+        let text = "MemTotal:       24634212 kB\nMemAvailable:   1024 kB\n";
+        assert_eq!(super::meminfo(text, "MemAvailable:"), Some(1 << 20));
+        assert_eq!(super::meminfo(text, "MemTotal:"), Some(24_634_212 << 10));
+        for bad in ["", "MemFree: 1 kB", "MemAvailable: x kB", "MemAvailable: 1"] {
+            assert_eq!(super::meminfo(bad, "MemAvailable:"), None);
+        }
+    }
+
     #[test]
     fn there_is_space() {
         let (size, free) = super::disk_space(std::path::Path::new("/")).expect("root");

@@ -23,6 +23,8 @@ pub struct Identity {
 pub struct Confinement<'a> {
     /// The network namespace to run in; ours when there is none.
     pub namespace: Option<BorrowedFd<'a>>,
+    /// The `cgroup.procs` of the control group that it is in before it runs; ours when there is none.
+    pub group: Option<BorrowedFd<'a>>,
     /// The user to run as; ours when there is none. With it come exactly `groups`.
     pub identity: Option<Identity>,
     /// Supplementary groups, at most four, looked at only with an `identity`.
@@ -41,6 +43,7 @@ pub fn spawn(command: &mut Command, confinement: &Confinement<'_>) -> io::Result
     groups[..confinement.groups.len()].copy_from_slice(confinement.groups);
     let child = ChildSetup {
         namespace: confinement.namespace.map(|fd| fd.as_raw_fd()),
+        group: confinement.group.map(|fd| fd.as_raw_fd()),
         identity: confinement.identity,
         groups,
         group_count: confinement.groups.len(),
@@ -55,6 +58,7 @@ pub fn spawn(command: &mut Command, confinement: &Confinement<'_>) -> io::Result
 
 struct ChildSetup {
     namespace: Option<RawFd>,
+    group: Option<RawFd>,
     identity: Option<Identity>,
     groups: [libc::gid_t; MAX_GROUPS],
     group_count: usize,
@@ -69,6 +73,10 @@ impl ChildSetup {
             super::check(libc::setsid())?;
             libc::umask(0o077);
             super::check(libc::setrlimit(libc::RLIMIT_CORE, &raw const no_core))?;
+            if let Some(group) = self.group {
+                // While it still may: 0 is the process that writes it.
+                super::check(libc::write(group, c"0".as_ptr().cast(), 1) as i64)?;
+            }
             if let Some(namespace) = self.namespace {
                 super::check(libc::setns(namespace, libc::CLONE_NEWNET))?;
             }

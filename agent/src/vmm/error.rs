@@ -1,6 +1,7 @@
 //! What can go wrong with a virtual machine.
 
 use super::qmp::QmpError;
+use crate::sys::cgroup::CgroupError;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -55,6 +56,8 @@ pub enum VmmError {
         /// Which.
         command: &'static str,
     },
+    /// There is no control group for it.
+    Group(CgroupError),
     /// A saved machine is not as it should be.
     BadImage {
         /// The file.
@@ -73,6 +76,7 @@ impl fmt::Display for VmmError {
             VmmError::WrongQemu { program, says } => {
                 write!(f, "{} is not QEMU 7.0 or later: {says}", program.display())
             }
+            VmmError::Group(e) => write!(f, "its limits cannot be set: {e}"),
             VmmError::NotReadable { path } => write!(
                 f,
                 "{} is not readable for all, and capsules run as users of their own: chmod a+r it",

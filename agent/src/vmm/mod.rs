@@ -23,6 +23,7 @@ pub use machine::{Event, Machine};
 
 use crate::disk::DiskImage;
 use crate::net::{MacAddress, Tap};
+use crate::sys::cgroup::Group;
 use probe::KvmUnusable;
 use qemu::Qemu;
 use std::fs::File;
@@ -42,6 +43,13 @@ impl Vmm {
     pub fn describe(&self) -> String {
         match self {
             Vmm::Qemu(qemu) => qemu.describe(),
+        }
+    }
+
+    /// The memory that the VMM takes beside its guest's, in MiB, apart from what depends on the guest.
+    pub fn overhead_mb(&self) -> u32 {
+        match self {
+            Vmm::Qemu(qemu) => qemu.overhead_mb(),
         }
     }
 
@@ -111,4 +119,6 @@ pub struct MachineSpec {
     pub directory: PathBuf,
     /// What it goes on from instead of booting. It then stands still until it is told to go on.
     pub restore: Option<Restore>,
+    /// The control group that the VMM and its helpers run in; none where the host has no limits.
+    pub group: Option<Group>,
 }

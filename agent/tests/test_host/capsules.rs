@@ -56,6 +56,13 @@ fn a_capsule_runs_until_its_agent_is_killed(_: &Path) {
     assert_eq!(info.disk_size_mb, 2_048);
     let ran = cp.exec("cl-one", &["cat", "/sys/block/vda/size"]).expect("ran");
     assert_eq!(ran.stdout, b"4194304\n", "in sectors");
+    let group = Path::new("/sys/fs/cgroup/wrenn/cl-one");
+    let of_group = |file: &str| fs::read_to_string(group.join(file)).expect("a group").trim().to_string();
+    // KVM has a thread of its own for each machine, which is in it too.
+    let machine = place.machines().first().expect("a machine").to_string();
+    assert!(of_group("cgroup.procs").lines().any(|pid| pid == machine), "{}", of_group("cgroup.procs"));
+    let memory = ["memory.current", "memory.peak", "memory.max"].map(of_group);
+    println!("  memory now, at most and allowed: {memory:?}");
     let script =
         "set -e; head -c 8000000 /dev/zero >/tmp/data; sync; head -c 8000000 /dev/zero | cmp - /tmp/data";
     let ran = cp.exec("cl-one", &["/bin/sh", "-c", script]).expect("ran");
@@ -63,8 +70,10 @@ fn a_capsule_runs_until_its_agent_is_killed(_: &Path) {
     agent.child.kill().expect("killed");
     agent.wait();
     assert_eq!(device_names(), ["wrenn-cl-one"]);
+    assert!(group.exists());
     let agent = Agent::start(&place);
     assert_eq!((place.remains(), device_names()), (Vec::new(), Vec::new()));
+    assert!(!group.exists());
     assert!(agent.terminate().success());
 }
 

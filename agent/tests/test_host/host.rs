@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// The file system on which the cases work: this, and what is put there for them.
-const WORK_BYTES: u64 = 1 << 30;
+const WORK_BYTES: u64 = 2 << 30;
 /// How long all of it may take: five times what it takes on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -58,7 +58,7 @@ pub fn run() {
     let began = Instant::now();
     let mut qemu = Command::new("qemu-system-x86_64")
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-        .args(["-M", "q35", "-accel", "tcg", "-cpu", CPU, "-smp", "2", "-m", "1536M"])
+        .args(["-M", "q35", "-accel", "tcg", "-cpu", CPU, "-smp", "2", "-m", "2560M"])
         .arg("-kernel")
         .arg(host.join("vmlinuz"))
         .arg("-initrd")

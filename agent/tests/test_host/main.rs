@@ -1,4 +1,4 @@
-//! What needs a kernel with device-mapper and KVM: disks, and capsules as a real host runs them. The test
+//! What needs a kernel with device-mapper and KVM: disks, control groups, and capsules as a real host runs them. The test
 //! boots a "test host" (`tests/testhost/build.sh`), a virtual machine that runs this very program with all
 //! the cases, once.
 
@@ -6,6 +6,7 @@ mod capsules;
 #[path = "../common/mod.rs"]
 mod common;
 mod disks;
+mod groups;
 mod host;
 
 use std::panic::catch_unwind;
@@ -23,12 +24,13 @@ fn disks_and_capsules_on_a_host_with_device_mapper_and_kvm() {
     let Some(work) = std::env::var_os(INSIDE).map(PathBuf::from) else { return host::run() };
     disks::crash_if_told();
     let mut failed = Vec::new();
-    for (name, case) in disks::CASES.iter().chain(capsules::CASES) {
+    for (name, case) in groups::CASES.iter().chain(disks::CASES).chain(capsules::CASES) {
         let began = Instant::now();
         let directory = work.join(name.replace(' ', "-"));
         std::fs::create_dir(&directory).expect("a directory for the case");
         let done = catch_unwind(|| case(&directory));
-        let left = disks::remains();
+        let mut left = disks::remains();
+        left.extend(groups::remains());
         disks::remove_all_devices();
         let _ = std::fs::remove_dir_all(&directory);
         let ok = done.is_ok() && left.is_empty();

@@ -166,13 +166,15 @@ messages! {
         cpu_cores: u32,
         /// Memory in MiB.
         memory_mb: u32,
-        /// Memory promised to capsules, in MiB.
+        /// Memory that no further capsule can have, in MiB: what is used by anybody, promised to capsules or
+        /// kept for the host.
         memory_reserved_mb: u32,
         /// Virtual CPUs promised to capsules.
         vcpus_reserved: u32,
         /// Space in the data directory's file system, in MiB.
         disk_mb: u64,
-        /// Space left in it, in MiB.
+        /// Space in it that a further capsule can have, in MiB: less than is free, where capsules were promised
+        /// some of that.
         disk_free_mb: u64,
         /// The VMM, its version and its accelerator, for a person.
         vmm: String,

@@ -13,7 +13,7 @@ pub(super) const SMALL_FIRMWARE: &str = "qboot.rom";
 
 /// Translated code that one machine keeps. QEMU's own default is a gigabyte, which would be host memory on
 /// top of the guest's that nobody has accounted for.
-const TRANSLATION_CACHE_MB: u32 = 256;
+pub(super) const TRANSLATION_CACHE_MB: u32 = 256;
 
 /// Without what a server has no use for, firmware and guest have less to look for.
 const MACHINE: &str = "q35,memory-backend=memory,usb=off,vmport=off,smbus=off,sata=off,i8042=off,\

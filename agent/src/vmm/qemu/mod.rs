@@ -21,6 +21,7 @@ use super::probe::{self, KvmUnusable};
 use super::{MachineSpec, VmmError};
 use crate::disk::DiskImage;
 use crate::net::Tap;
+use crate::sys::cgroup::Group;
 use crate::sys::memfd::{self, Capture};
 use crate::sys::pidfd::Process;
 use crate::sys::spawn::{Confinement, Identity, spawn};
@@ -45,6 +46,9 @@ const DIAGNOSTICS_BYTES: u64 = 16 * 1024;
 /// How much of a wrong program's output an error message quotes.
 const QUOTED_CHARS: usize = 200;
 
+/// What QEMU itself takes: 40 MiB measured, of which most are shared with others of its kind, and room for
+/// what guests can make it allocate (queues of requests, tables of the disk's format).
+const OVERHEAD_MB: u32 = 128;
 const MAX_VCPUS: u32 = 64;
 const MIN_MEMORY_MB: u32 = 64;
 const MAX_MEMORY_MB: u32 = 1 << 20;
@@ -119,6 +123,14 @@ impl Qemu {
         self.why_not_kvm.as_ref()
     }
 
+    /// Host memory that a machine takes at most beside its guest's and the tables for that, in MiB.
+    pub fn overhead_mb(&self) -> u32 {
+        match self.accelerator {
+            Accelerator::Kvm { .. } => OVERHEAD_MB,
+            Accelerator::Tcg { .. } => OVERHEAD_MB + arguments::TRANSLATION_CACHE_MB,
+        }
+    }
+
     /// Starts a machine whose network cable is `tap`, in the network namespace `namespace`. Returns as
     /// soon as QEMU's process is there: what becomes of it is seen at the machine's descriptors. On
     /// failure nothing runs. Blocks for milliseconds.
@@ -142,6 +154,7 @@ impl Qemu {
         };
         let state = spec.restore.as_ref().map(|restore| restore.state.as_fd());
         let disks: Vec<OpenDisk> = spec.disks.iter().map(OpenDisk::open).collect::<Result<_, _>>()?;
+        let group = spec.group.as_ref().map(Group::make).transpose().map_err(VmmError::Group)?;
         let (listeners, (control, console)) = sockets::create(&spec.directory)?;
         let errors = Capture::new(c"qemu output", DIAGNOSTICS_BYTES)
             .map_err(system("making the output of", &self.program))?;
@@ -174,8 +187,8 @@ impl Qemu {
         let mut command = Command::new(&self.program);
         command.args(arguments).env_clear().current_dir("/");
         command.stdin(Stdio::null()).stdout(output()?).stderr(output()?);
-        let mut child = spawn(&mut command, &self.confinement(spec, namespace, &inherit))
-            .map_err(system("starting", &self.program))?;
+        let confinement = self.confinement(spec, namespace, group.as_ref(), &inherit);
+        let mut child = spawn(&mut command, &confinement).map_err(system("starting", &self.program))?;
         match Process::child(child.id()) {
             Ok(process) => Ok(Machine::started(process, control, console, Some(errors))),
             Err(e) => {
@@ -191,6 +204,7 @@ impl Qemu {
         &'a self,
         spec: &MachineSpec,
         namespace: BorrowedFd<'a>,
+        group: Option<&'a File>,
         inherit: &'a [BorrowedFd<'a>],
     ) -> Confinement<'a> {
         let groups: &[u32] = match &self.accelerator {
@@ -198,7 +212,8 @@ impl Qemu {
             Accelerator::Tcg { .. } => &[],
         };
         let identity = Some(Identity { uid: spec.uid, gid: spec.gid });
-        Confinement { namespace: Some(namespace), identity, groups, inherit }
+        let group = group.map(AsFd::as_fd);
+        Confinement { namespace: Some(namespace), group, identity, groups, inherit }
     }
 }
 
@@ -319,6 +334,7 @@ mod tests {
             gid: 100_001,
             directory: "/d".into(),
             restore: None,
+            group: None,
         };
         assert!(check(&good).is_ok());
         let bad = [
