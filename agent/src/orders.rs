@@ -45,18 +45,23 @@ pub fn give(config: &Config, ending: Ending) -> Result<Outcome, StartError> {
     }
 }
 
+/// Prints what the agent has left, by the capsules' journals.
 fn report(layout: &Layout, ending: Ending) -> Result<Outcome, StartError> {
     let capsules = recovery::survey(layout)?;
-    let (paused, others): (Vec<_>, Vec<_>) = capsules.into_iter().partition(|capsule| capsule.is_paused);
-    println!("the agent has ended; {} capsules are paused, {} are not", paused.len(), others.len());
-    for capsule in &others {
-        println!("not paused: {}", capsule.id);
+    let left: Vec<_> =
+        capsules.iter().filter(|capsule| ending == Ending::Terminate || !capsule.is_paused).collect();
+    match ending {
+        Ending::HandOver => println!("the agent has ended; {} capsules are left", capsules.len()),
+        Ending::Drain => println!("the agent has ended; {} capsules are paused", capsules.len() - left.len()),
+        Ending::Terminate => println!("the agent has ended, and its capsules are destroyed"),
     }
-    Ok(match ending {
-        Ending::HandOver => Outcome::Clean,
-        Ending::Drain => outcome(others.len()),
-        Ending::Terminate => outcome(paused.len() + others.len()),
-    })
+    if ending == Ending::HandOver {
+        return Ok(Outcome::Clean);
+    }
+    for capsule in &left {
+        println!("but not {}", capsule.id);
+    }
+    Ok(outcome(left.len()))
 }
 
 fn outcome(left: usize) -> Outcome {
