@@ -3,6 +3,7 @@
 use crate::connection::{ConnectionId, Connections, Gate, StreamKey, Turn};
 use crate::files::Files;
 use crate::guest;
+use crate::host_name;
 use crate::identity::{self, Identity};
 use crate::log::log;
 use crate::metadata::Metadata;
@@ -263,6 +264,8 @@ impl Daemon {
             // A copy of the guest that this was, made without it being asked.
             self.trust = Trust::Nobody;
             self.connections.keep_only(None);
+            let old = before.into_iter().next().map(|(_, id)| id).unwrap_or_default();
+            host_name::follow(&old, metadata.instance_id.as_bytes());
         }
         let gate = match metadata.verifier.map(identity::open_gate) {
             Some(Ok(gate)) => gate,

@@ -42,7 +42,7 @@ pub fn initialise(init: &GuestInit, defaults: &mut Defaults) -> Result<(), Error
     Ok(())
 }
 
-/// The identity variables of every process.
+/// The identity variables of every process, the capsule's id first.
 pub fn identity_environment(metadata: &crate::metadata::Metadata) -> Vec<(Vec<u8>, Vec<u8>)> {
     [("WRENN_SANDBOX_ID", &metadata.instance_id), ("WRENN_TEMPLATE_ID", &metadata.env_id)]
         .iter()

@@ -12,6 +12,7 @@
 //! | [`service`] | messages become work |
 //! | [`process`] | processes and terminals |
 //! | [`guest`] | time, randomness and defaults from the agent |
+//! | [`host_name`] | a copy of a guest gets a name of its own |
 //! | [`files`] | files on behalf of a user |
 //! | [`ports`] | TCP ports of the guest |
 //! | [`sampler`] | what is looked at once a second: figures and ports |
@@ -33,6 +34,7 @@ pub mod daemon;
 pub mod entry;
 pub mod files;
 pub mod guest;
+pub mod host_name;
 pub mod identity;
 pub mod init;
 pub mod json;

@@ -117,6 +117,12 @@ fn clones_go_on_apart(context: &mut Context) -> Result<Outcome> {
         ensure!(counted == "42", "{one}: {counted}, but each goes on from the same moment");
         context.check_clock(one)?;
         different.insert(context.shell(one, "head -c 16 /dev/urandom | od -An -tx1")?);
+        for name in ["hostname", "cat /etc/hostname", "cat /run/wrenn/.WRENN_SANDBOX_ID"] {
+            let told = context.shell(one, name)?;
+            ensure!(told == *one, "{one}: {name} says {told}");
+        }
+        let itself = context.shell(one, "getent hosts $(hostname) | cut -d ' ' -f 1")?;
+        ensure!(itself == "127.0.1.1", "{one}: its own name leads to {itself:?}");
         context.shell(one, &format!("echo {one} >/tmp/own; sync"))?;
     }
     ensure!(different.len() == 3, "random bytes are the same: {different:?}");
