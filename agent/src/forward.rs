@@ -115,6 +115,10 @@ impl Agent {
             return;
         };
         let state = capsule.state();
+        if let Some(why) = capsule.why_stalled() {
+            self.answer_error(waiter, Code::Unavailable, why.to_string());
+            return;
+        }
         let Some(guest) = capsule.welcome_guest() else {
             let (code, text) = if state == message::CapsuleState::Running {
                 (Code::Unavailable, "its guest daemon does not answer at the moment; try again".to_string())

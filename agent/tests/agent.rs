@@ -8,14 +8,14 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 use wire::auth::{ITERATIONS, Verifier};
 use wire::codec::Bytes;
 use wire::message::{
-    CapsuleCreate, CapsuleGet, CapsuleInfo, CapsuleList, CapsuleState, Code, Done, Error, Health,
-    HealthReply, HostStatus, HostStatusReply, Message,
+    CapsuleCreate, CapsuleGet, CapsuleInfo, CapsuleList, CapsuleState, Code, Done, Error, Forward, Health,
+    HealthReply, HostStatus, HostStatusReply, Message, ProcessStart, ProcessStarted,
 };
 use wire::session::Event;
 use wrenn_agent::capsule::FIRST_UID;
@@ -500,4 +500,78 @@ fn a_guest_whose_kernel_panics_is_a_clear_error_at_once() {
     assert!(error.text.contains("panic"), "{error}");
     assert_eq!(place.remains(), Vec::<String>::new());
     assert!(agent.terminate().success());
+}
+
+/// A file system of its own in memory, unmounted when dropped.
+struct SmallStorage(std::path::PathBuf);
+
+impl SmallStorage {
+    fn mount(directory: &std::path::Path, mib: u32) -> SmallStorage {
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={mib}m,mode=0700"), "wrenn-test"])
+            .arg(directory)
+            .status();
+        assert!(mounted.expect("mount runs").success());
+        SmallStorage(directory.to_owned())
+    }
+}
+
+impl Drop for SmallStorage {
+    fn drop(&mut self) {
+        // Lazily: a test that failed may have left a machine, which goes with its place.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_guest_on_full_storage_stands_still_and_goes_on_when_there_is_room() {
+    let Some(guest) = guest_directory() else { return };
+    let place = Place::with_guest(13, &guest);
+    let sandboxes = place.directory.join("sandboxes");
+    fs::create_dir(&sandboxes).expect("made");
+    let storage = SmallStorage::mount(&sandboxes, 192);
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let _: CapsuleInfo =
+        cp.ask(&CapsuleCreate { disk_size_mb: 1024, ..creation("cl-full") }).expect("created");
+    let ballast = sandboxes.join("ballast");
+    fs::write(&ballast, vec![1; 140 << 20]).expect("written");
+    let write = "dd if=/dev/urandom of=$HOME/big bs=1M count=80 conv=fsync 2>/dev/null && md5sum <$HOME/big >$HOME/sum; echo $? >$HOME/status";
+    let argv = ["/bin/sh", "-c", write].map(|argument| Bytes(argument.as_bytes().to_vec())).to_vec();
+    let stream = cp.session.open(&Forward { capsule_id: "cl-full".into() }, false).expect("opened");
+    let start = ProcessStart { argv, detached: true, ..Default::default() };
+    cp.session.send_last(stream, &start).expect("sent");
+    assert_eq!(cp.answer(stream).0, ProcessStarted::KIND);
+    let end = Instant::now() + PATIENCE;
+    let error = loop {
+        // What is asked before it stands still is answered when it goes on: each time another client asks.
+        let mut other = agent.client();
+        let forward = other.session.open(&Forward { capsule_id: "cl-full".into() }, false).expect("opened");
+        let start = ProcessStart { argv: vec![Bytes(b"/bin/true".to_vec())], ..Default::default() };
+        other.session.send_last(forward, &start).expect("sent");
+        if let Some((Error::KIND, body)) = other.answer_within(forward, Duration::from_millis(500)) {
+            break Error::decode(&body).expect("an error");
+        }
+        assert!(Instant::now() < end, "it does not stand still");
+    };
+    assert_eq!(code(&error), Code::Unavailable);
+    assert!(error.text.contains("storage is full"), "{error}");
+    let mut cp = agent.client();
+    let info: CapsuleInfo = cp.ask(&CapsuleGet { capsule_id: "cl-full".into() }).expect("known");
+    assert_eq!(info.state, CapsuleState::Running);
+    fs::remove_file(&ballast).expect("removed");
+    let end = Instant::now() + PATIENCE;
+    while cp.exec("cl-full", &["/bin/true"]).is_err() {
+        assert!(Instant::now() < end, "it does not go on");
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    let wait = "while [ ! -s $HOME/status ]; do sleep 0.1; done; cat $HOME/status";
+    let ran = cp.exec("cl-full", &["/bin/sh", "-c", wait]).expect("ran");
+    assert_eq!(ran.stdout, b"0\n", "nothing that it wrote was lost");
+    let check = "[ \"$(md5sum <$HOME/big)\" = \"$(cat $HOME/sum)\" ] && wc -c <$HOME/big";
+    let ran = cp.exec("cl-full", &["/bin/sh", "-c", check]).expect("ran");
+    assert_eq!(ran.stdout, format!("{}\n", 80 << 20).as_bytes());
+    cp.destroy("cl-full").expect("destroyed");
+    assert!(agent.terminate().success());
+    drop(storage);
 }

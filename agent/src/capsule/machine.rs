@@ -156,6 +156,7 @@ impl Capsule {
     pub(super) fn watch_new_machine(&mut self, ctx: &mut Context, machine: Machine) {
         self.record.machine = Some(ProcessRecord { pid: machine.pid(), start_ticks: machine.start_ticks() });
         self.shutdown_reason = None;
+        self.stalled = false;
         let fds = [
             (machine.exit_fd(), Source::Exit),
             (machine.monitor_fd(), Source::Monitor),
@@ -247,8 +248,9 @@ impl Capsule {
             Pump::Closed
         });
         // Bounded by what one turn of the monitor reads.
-        while let Some(event) = machine.poll_event() {
+        while let Some(event) = self.machine.as_mut().and_then(Machine::poll_event) {
             log::trace!("capsule {}: {event:?}", self.spec.id);
+            self.note_standing(&event);
             if let vmm::Event::GuestShutdown { reason } = event {
                 self.shutdown_reason = Some(reason);
             }

@@ -8,6 +8,7 @@
 //! - `machine`: starting the virtual machine, watching it, and its end
 //! - `saving`: pausing it and letting it go on
 //! - `guest`: the way to the guest daemon
+//! - `stall`: a guest that waits for room on the host
 //! - `watch`: changing what it may reach, and what it uses
 //! - [`limits`]: what its processes may use of the host
 //! - [`metadata`]: the guest's metadata service
@@ -29,6 +30,7 @@ mod executor;
 mod guest;
 mod machine;
 mod saving;
+mod stall;
 mod watch;
 
 pub use executor::CapsuleReport;
@@ -143,6 +145,8 @@ pub struct Capsule {
     machine: Option<Machine>,
     machine_tokens: Vec<Token>,
     shutdown_reason: Option<String>,
+    /// The VMM has stopped its guest.
+    stalled: bool,
     metadata: Option<MetadataService>,
     guest_attempts: u32,
     last_guest_error: String,
@@ -264,6 +268,7 @@ impl Capsule {
             machine: None,
             machine_tokens: Vec::new(),
             shutdown_reason: None,
+            stalled: false,
             metadata: None,
             guest_attempts: 0,
             last_guest_error: String::new(),

@@ -131,6 +131,15 @@ pub fn release(directory: &Path) -> Result<(), DiskError> {
     dm::release(directory)
 }
 
+/// Whether the storage that a directory is on has more room than what is kept for the disks that are there.
+pub fn has_room(directory: &Path) -> Result<bool, DiskError> {
+    match room::refuse_if_short(directory) {
+        Ok(()) => Ok(true),
+        Err(DiskError::NoSpace { .. }) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
 /// Removes what the disk of a capsule's directory has outside of it, so that the directory can go. One that
 /// is gone is no error.
 pub fn clear(directory: &Path) -> Result<(), DiskError> {

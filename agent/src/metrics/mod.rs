@@ -25,7 +25,7 @@ const SAMPLES_PER_DISK: u64 = 10;
 const MAX_RANGE_SEC: u32 = 86_400;
 
 impl Agent {
-    /// Takes a sample of every capsule that runs.
+    /// Takes a sample of every capsule that runs, and looks after those that stand still.
     pub(crate) fn sample_usage(&mut self) {
         let now_ms = self.ctx.now_ms();
         self.ctx.timers.set(TimerKey::Sample, now_ms + SAMPLE_MS);
@@ -35,6 +35,7 @@ impl Agent {
         let with_disk = now_ms % (SAMPLE_MS * SAMPLES_PER_DISK) < 2 * SAMPLE_MS;
         for capsule in self.capsules.values_mut() {
             capsule.sample_usage(unix_ms, with_disk);
+            capsule.go_on_if_room();
         }
     }
 

@@ -131,6 +131,13 @@ impl Machine {
         }
     }
 
+    /// Tells a guest that stands still to go on; that it does is an [`Event`].
+    pub fn begin_going_on(&mut self) -> Result<(), VmmError> {
+        match &mut self.control {
+            Control::Qemu(monitor) => monitor.execute("cont", None).map(drop),
+        }
+    }
+
     /// Stands the guest still. Blocks.
     pub fn stand_still(&mut self) -> Result<(), VmmError> {
         match &mut self.control {

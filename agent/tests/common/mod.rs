@@ -317,6 +317,33 @@ impl Client {
         }
     }
 
+    /// The next message of a stream, if it comes within this time.
+    pub fn answer_within(&mut self, wanted: StreamId, limit: Duration) -> Option<(u16, Vec<u8>)> {
+        self.flush();
+        let end = Instant::now() + limit;
+        let mut buffer = [0; 65_536];
+        loop {
+            while let Some(event) = self.session.poll_event() {
+                match event {
+                    Event::Message { stream, kind, body, .. } if stream == wanted => {
+                        return Some((kind, body));
+                    }
+                    Event::Reset { stream, code, reason } if stream == wanted => {
+                        return Some(encoded(&Error { code, errno: 0, text: reason }));
+                    }
+                    _ => {}
+                }
+            }
+            let left = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())?;
+            self.stream.set_read_timeout(Some(left)).expect("timeout");
+            match self.stream.read(&mut buffer) {
+                Ok(0) => self.session.transport_closed(),
+                Ok(n) => self.session.receive(&buffer[..n], self.now_ms()),
+                Err(_) => return None,
+            }
+        }
+    }
+
     pub fn ask<M: Message, A: Message>(&mut self, message: &M) -> Result<A, Error> {
         let (kind, body) = self.request(message);
         if kind == Error::KIND {
