@@ -21,7 +21,7 @@ mkfs.ext4                            e2fsprogs           writing, changing and c
 cpio                                 cpio                the initramfs
 lz4                                  lz4                 unpacking the kernel
 xz                                   xz-utils            unpacking kernels and modules of other releases
-zstd                                 zstd                the same
+zstd                                 zstd                the same; memory of capsules that hibernate
 qemu-system-x86_64                   qemu-system-x86     running capsules
 nft                                  nftables            firewall rules of capsules
 insmod                               kmod                the test host of the tests

@@ -27,6 +27,8 @@ use wire::session::StreamId;
 const EVENTS: usize = 1024;
 /// Capsules that the agent keeps at once, those that have ended and wait to be destroyed included.
 pub const MAX_CAPSULES: usize = 4096;
+/// The wait of a capsule that is to hibernate while another's memory is being packed.
+const PACKING_RETRY_MS: u64 = 5_000;
 /// The longest wait of a turn: the clock is read at least this often.
 const MAX_WAIT_MS: u64 = 60_000;
 
@@ -130,7 +132,10 @@ impl Agent {
         for left in paused {
             let Some((known, directory)) = self.known(&left.record) else { continue };
             let now_ms = self.ctx.now_ms();
-            self.insert_capsule(|key| Capsule::left_paused(key, known, directory, left, now_ms));
+            let key = self.insert_capsule(|key| Capsule::left_paused(key, known, directory, left, now_ms));
+            if let Some(capsule) = self.capsules.get_mut(&key) {
+                capsule.note_use(&mut self.ctx);
+            }
         }
         for left in running {
             let Some((known, directory)) = self.known(&left.record) else { continue };
@@ -342,6 +347,16 @@ impl Agent {
                     self.apply(key, LifeEvent::Pause);
                 }
             }
+            CapsuleTimer::Hibernate if self.ending.is_some() => {}
+            CapsuleTimer::Hibernate => {
+                if self.capsules.values().any(|c| c.lifecycle.is_packing()) {
+                    // One after the other: it is never urgent.
+                    let again = TimerKey::Capsule(key, CapsuleTimer::Hibernate);
+                    self.ctx.timers.set(again, now_ms + PACKING_RETRY_MS);
+                } else {
+                    self.apply(key, LifeEvent::Hibernate);
+                }
+            }
             CapsuleTimer::Prepare => {
                 log::warn!("capsule {}: its guest did not get ready to be saved in time", capsule.spec.id);
                 capsule.on_prepared(&mut self.ctx);
@@ -417,7 +432,9 @@ impl Agent {
                 if let Some(caller) = capsule.caller.take() {
                     let text = match state {
                         CapsuleState::Running => format!("{failure}; it runs on"),
-                        CapsuleState::Paused => format!("{failure}; it is still paused"),
+                        CapsuleState::Paused | CapsuleState::Hibernated => {
+                            format!("{failure}; it is still paused")
+                        }
                         _ => failure.to_string(),
                     };
                     self.answer_error(caller, failure.code(), text);
@@ -449,7 +466,9 @@ impl Agent {
             | Action::Remove(_)
             | Action::RetryAfter(_)
             | Action::Save
-            | Action::MakeSnapshot => {
+            | Action::MakeSnapshot
+            | Action::Pack
+            | Action::StopPacking => {
                 unreachable!("the capsule does these itself")
             }
         }

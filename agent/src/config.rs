@@ -24,6 +24,8 @@ pub struct Config {
     pub vcpu_overcommit: u64,
     /// How many times over disk space is promised.
     pub disk_overcommit: u64,
+    /// How long a capsule is paused until its memory is packed, in milliseconds; 0 for never.
+    pub hibernate_after_ms: u64,
 }
 
 impl Config {
@@ -49,6 +51,7 @@ impl Config {
             guest_dns: optional(settings, "WRENN_GUEST_DNS", Settings::ipv4)?,
             vcpu_overcommit: settings.number("WRENN_VCPU_OVERCOMMIT")?,
             disk_overcommit: settings.number("WRENN_DISK_OVERCOMMIT")?,
+            hibernate_after_ms: settings.number("WRENN_HIBERNATE_AFTER_SEC")? * 1000,
         })
     }
 }
@@ -92,6 +95,7 @@ mod tests {
         assert!(config.control_plane.is_none() && config.qemu.is_none() && config.guest_dns.is_none());
         assert_eq!((config.slots.0.index(), config.slots.1.index()), (1, 65_534));
         assert_eq!((config.vcpu_overcommit, config.disk_overcommit), (8, 8));
+        assert_eq!(config.hibernate_after_ms, 0);
     }
 
     #[test]

@@ -93,6 +93,10 @@ impl Agent {
         self.ctx.timers.set(TimerKey::Shutdown, self.ctx.now_ms() + ending.limit_ms());
         let keys: Vec<CapsuleKey> = self.capsules.keys().copied().collect();
         for key in keys {
+            if let Some(capsule) = self.capsules.get(&key) {
+                // What is packed in the background stays as it is.
+                capsule.stop_packing();
+            }
             self.apply(
                 key,
                 match ending {

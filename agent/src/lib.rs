@@ -12,6 +12,7 @@
 //! - [`disk`]: the private writable disk of a capsule
 //! - [`vmm`]: the virtual machine monitors (QEMU)
 //! - [`snapshots`]: running capsules written down under a name, from which others start
+//! - [`zstd`]: compressing large files by that program
 //! - [`sys`]: the kernel interfaces the above need, the only home of `unsafe`
 
 mod access;
@@ -37,3 +38,4 @@ pub mod sys;
 pub mod vmm;
 mod whole_file;
 pub mod worker;
+pub mod zstd;

@@ -37,7 +37,7 @@ const DISK: &str = "rootfs.ext4";
 const NEW_PREFIX: &str = ".new-";
 /// The one generation of a snapshot's files.
 pub const GENERATION: u64 = 0;
-const IMAGE: Image = Image { memory: GENERATION, delta: None, state: GENERATION };
+const IMAGE: Image = Image { memory: GENERATION, delta: None, state: GENERATION, packed: false };
 
 /// What a snapshot is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

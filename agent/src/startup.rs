@@ -18,6 +18,7 @@ use crate::sys::resources;
 use crate::vmm::qemu::Qemu;
 use crate::vmm::{Vmm, VmmError};
 use crate::worker::Workers;
+use crate::zstd::{self, ZstdError};
 use mio::net::TcpListener;
 use mio::{Poll, Token, Waker};
 use std::fmt;
@@ -52,6 +53,8 @@ pub enum StartError {
     Net(NetError),
     /// What an earlier agent left cannot be looked at.
     Recovery(RecoveryError),
+    /// Capsules cannot hibernate.
+    Zstd(ZstdError),
     /// A system call failed.
     System {
         /// What was tried.
@@ -78,6 +81,7 @@ impl fmt::Display for StartError {
             StartError::Disk(e) => e.fmt(f),
             StartError::Net(e) => e.fmt(f),
             StartError::Recovery(e) => e.fmt(f),
+            StartError::Zstd(e) => write!(f, "WRENN_HIBERNATE_AFTER_SEC is set, but there is {e}"),
             StartError::System { step, source } => write!(f, "{step}: {source}"),
             StartError::NoControlPlane => f.write_str(
                 "WRENN_CP_URL is not set; to register, set it to the control plane's address, such as \
@@ -111,7 +115,7 @@ macro_rules! from {
     };
 }
 from!(LayoutError => Layout, CredentialsError => Credentials, VmmError => Vmm, DiskError => Disk,
-      NetError => Net, RecoveryError => Recovery);
+      NetError => Net, RecoveryError => Recovery, ZstdError => Zstd);
 
 impl StartError {
     pub(crate) fn system(step: impl Into<String>) -> impl FnOnce(io::Error) -> StartError {
@@ -166,6 +170,9 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
     let vmm = Vmm::Qemu(Qemu::find(config.qemu.as_deref())?);
     if let Some(reason) = vmm.why_not_kvm() {
         log::warn!("KVM is not used: {reason}");
+    }
+    if config.hibernate_after_ms > 0 {
+        zstd::find()?;
     }
     let disks = Backend::probe(&layout.images(), &layout.sandboxes())?;
     let open_files = raise_open_files().map_err(system("raising the limit of open files"))?;

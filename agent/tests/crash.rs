@@ -114,6 +114,14 @@ const DESTROY: &[Point] = &[
 ];
 const DESTROY_PAUSED: &[Point] =
     &[("before:destroy.begin", Paused), ("destroy.begin", Gone), ("remove_disk.begin", Gone)];
+/// Of one that hibernates.
+const PACK: &[Point] = &[
+    ("before:pack.begin", Paused),
+    ("pack.begin", Paused),
+    ("before:pack.done", Paused),
+    ("torn:pack.done", Paused),
+    ("pack.done", Paused),
+];
 /// The machine dies with the agent: what ran is lost, what was paused is not.
 const PAUSE_WITH_MACHINE: &[Point] =
     &[("save.begin", Gone), ("before:save.done", Gone), ("save.done", Paused), ("merge.done", Paused)];
@@ -184,7 +192,7 @@ fn count(cp: &mut Client, id: &str) -> u32 {
 fn left(cp: &mut Client, id: &str) -> Left {
     match cp.ask::<_, CapsuleInfo>(&CapsuleGet { capsule_id: id.into() }) {
         Ok(info) if info.state == CapsuleState::Running => Running,
-        Ok(info) if info.state == CapsuleState::Paused => Paused,
+        Ok(info) if matches!(info.state, CapsuleState::Paused | CapsuleState::Hibernated) => Paused,
         Ok(info) => panic!("{id} is {:?}", info.state),
         Err(e) if e.code() == Code::NotFound => Gone,
         Err(e) => panic!("{e}"),
@@ -211,7 +219,8 @@ impl Sweep {
             let files: BTreeSet<String> =
                 files.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
             let of = |prefix: &str| files.iter().filter(|name| name.starts_with(prefix)).count();
-            let images = (of("memory-"), of("delta-"), of("state-"));
+            // Hibernated, it has its memory under another name.
+            let images = (of("memory-") + of("packed-"), of("delta-"), of("state-"));
             match state {
                 Paused => assert!(matches!(images, (1, 0 | 1, 1)), "{point}: {files:?}"),
                 // The memory that it was restored from is mapped still.
@@ -288,6 +297,31 @@ impl Sweep {
             assert!(agent.hand_over().success());
         }
         eprintln!("{name} ({kill}): {} crashes in {:.1?}", points.len(), begun.elapsed());
+    }
+
+    /// Crashes at each point of packing the lasting capsule, which the agent begins by itself when the capsule
+    /// has been paused for some time.
+    fn packing(&mut self) {
+        let begun = Instant::now();
+        for (point, expected) in PACK {
+            let mut agent = Agent::start_with(&self.place, |command| {
+                command.env("CRASH_AT", point).env("WRENN_HIBERNATE_AFTER_SEC", "1");
+            });
+            let mut cp = agent.client();
+            shell(&mut cp, LASTING, "true");
+            let _: CapsuleInfo = cp.ask(&pause(LASTING)).expect("paused");
+            assert_eq!(agent.wait().signal(), Some(libc::SIGKILL), "{point}");
+            self.crashes += 1;
+            let agent = self.agent();
+            let mut cp = agent.client();
+            assert_eq!(left(&mut cp, LASTING), *expected, "{point}");
+            self.nothing_else(&[(LASTING, *expected)], point);
+            let _: CapsuleInfo = cp.ask(&resume(LASTING)).expect("resumed");
+            self.counted += 1;
+            assert_eq!(count(&mut cp, LASTING), self.counted, "{point}");
+            assert!(agent.hand_over().success());
+        }
+        eprintln!("pack: {} crashes in {:.1?}", PACK.len(), begun.elapsed());
     }
 
     /// Crashes at each point of a request about the lasting capsule, which is in `before` then, and brings it
@@ -424,6 +458,7 @@ fn a_crash_at_any_entry_of_pausing_resuming_and_snapshots_loses_and_leaks_nothin
     sweep.lasting("pause", PAUSE, Running, &pause(LASTING));
     sweep.lasting("resume", RESUME, Paused, &resume(LASTING));
     sweep.lasting("snapshot", MAKE_SNAPSHOT, Running, &snapshot(LASTING, "other"));
+    sweep.packing();
     sweep.fleeting("pause", PAUSE_WITH_MACHINE, "both", started, &pause(FLEETING));
     sweep.fleeting("resume", RESUME_WITH_MACHINE, "both", paused, &resume(FLEETING));
     sweep.fleeting("snapshot", SNAPSHOT_WITH_MACHINE, "both", started, &snapshot(FLEETING, "other"));

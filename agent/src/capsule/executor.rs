@@ -2,6 +2,7 @@
 //! whose report comes back as an event.
 
 use super::failure::Failure;
+use super::hibernation::PackReport;
 use super::journal::{self, Phase, Step};
 use super::lifecycle::{Event, Goal, Part};
 use super::machine::{KILL_TIMEOUT_MS, MachineFailure};
@@ -40,6 +41,8 @@ pub enum CapsuleReport {
     RecordRemoved(io::Result<()>),
     /// The machine is saved, or its guest runs on.
     Saved(Box<SaveReport>),
+    /// Its memory is packed, or lies there as it was.
+    Packed(Box<PackReport>),
     /// There was no machine to save any more.
     NotSaved,
     /// A snapshot is made, or there is none; the guest runs on either way.
@@ -328,6 +331,7 @@ impl Capsule {
                 }
                 self.kill_machine(ctx)
             }
+            CapsuleReport::Packed(report) => Some(self.on_packed(*report)),
         }
     }
 
@@ -501,6 +505,7 @@ impl CapsuleReport {
             CapsuleReport::Restored(_) => "restored",
             CapsuleReport::ReadyNoted(_) => "ready noted",
             CapsuleReport::EndNoted(_) => "end noted",
+            CapsuleReport::Packed(_) => "packed",
         }
     }
 }

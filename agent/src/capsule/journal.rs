@@ -50,6 +50,8 @@ pub enum Step {
     Merge,
     /// Letting the guest of a restored machine go on: its image fits its disk no more.
     GoOn,
+    /// Compressing its memory's file.
+    Pack,
     /// Making a snapshot.
     Snapshot,
     /// Taking its network away.
@@ -193,7 +195,7 @@ fn check(json: &[u8]) -> String {
 fn survives_power_cut(step: Step, phase: Phase) -> bool {
     matches!(
         (step, phase),
-        (Step::Save | Step::Merge, Phase::Done)
+        (Step::Save | Step::Merge | Step::Pack, Phase::Done)
             | (Step::GoOn | Step::Destroy, Phase::Begin)
             | (Step::Machine, Phase::Failed)
     )
@@ -305,7 +307,10 @@ mod tests {
         let first = record();
         begin(&directory.0, Step::Create, Phase::Done, &first).expect("begun");
         append(&directory.0, Step::Disk, Phase::Begin, None).expect("appended");
-        let second = Record { image: Some(Image { memory: 9, delta: None, state: 9 }), ..first.clone() };
+        let second = Record {
+            image: Some(Image { memory: 9, delta: None, state: 9, packed: false }),
+            ..first.clone()
+        };
         append(&directory.0, Step::Save, Phase::Done, Some(&second)).expect("appended");
         append(&directory.0, Step::RemoveNetwork, Phase::Begin, None).expect("appended");
         (first, second)

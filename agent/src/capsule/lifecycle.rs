@@ -21,6 +21,7 @@
 //!     |                  |                           |            ^         |
 //!     |                  |                           |            +---------+ failure, deadline
 //!     |                  v   Destroy, shutdown, machine exited
+//!     |                  |                           |   paused <-> hibernated --> resuming
 //!     +--------------> stopping  ------ all parts absent ------> stopped / error
 //! ```
 //!
@@ -30,8 +31,11 @@
 //! then on the machine writes to the disk, and the image fits the disk no more. And whoever asked gets
 //! exactly one answer. So a capsule whose resuming takes too long after that point is saved again.
 //!
-//! Every transition is tabled in `agent/LIFECYCLE.md`. Hibernated is a state of the public API that this
-//! machine has no transition into; missing is what a control plane calls a capsule that no host knows.
+//! A paused capsule can be packed, in the background: its memory then lies on disk compressed, and the state
+//! is hibernated. Somebody who wants it meanwhile stops that, and waits until it has stopped.
+//!
+//! Every transition is tabled in `agent/LIFECYCLE.md`. Missing is what a control plane calls a capsule that no
+//! host knows.
 
 use super::failure::Failure;
 use wire::message::CapsuleState;
@@ -182,6 +186,12 @@ pub enum Event {
     SnapshotMade,
     /// There is no snapshot, and if its machine is there, the guest runs on.
     SnapshotFailed(Failure),
+    /// It has been paused for so long that its memory shall be packed. Ignored where it is not paused.
+    Hibernate,
+    /// Its memory is packed.
+    Packed,
+    /// Its memory is not packed, and lies there as it was.
+    NotPacked,
     /// It shall go.
     Destroy,
     /// The agent is shutting down.
@@ -213,6 +223,10 @@ pub enum Action {
     Save,
     /// Make the snapshot, then report `SnapshotMade` or `SnapshotFailed`.
     MakeSnapshot,
+    /// Pack the image's memory, then report `Packed` or `NotPacked`.
+    Pack,
+    /// Stop that soon; its report still comes.
+    StopPacking,
     /// Tell whoever asked for this that it is done.
     Finished(Work),
     /// Tell whoever asked for this that it failed. A failed pause or snapshot leaves the capsule running, a
@@ -283,6 +297,10 @@ pub struct Lifecycle {
     saving: bool,
     /// Why resuming was given up.
     resume_failure: Option<Failure>,
+    /// The image's memory is packed.
+    packed: bool,
+    /// It is being packed, which needs the image and the record.
+    packing: bool,
 }
 
 impl Default for Lifecycle {
@@ -307,13 +325,16 @@ impl Lifecycle {
             image: false,
             saving: false,
             resume_failure: None,
+            packed: false,
+            packing: false,
         }
     }
 
-    /// A capsule that an earlier agent has left paused.
-    pub fn paused() -> Lifecycle {
+    /// A capsule that an earlier agent has left paused, its memory `packed` or not.
+    pub fn paused(packed: bool) -> Lifecycle {
         let mut life = Lifecycle { goal: Goal::Paused, creating: false, was_ready: true, ..Lifecycle::new() };
         life.image = true;
+        life.packed = packed;
         life.set(Part::Record, Presence::Present);
         life.set(Part::Disk, Presence::Present);
         life
@@ -359,6 +380,7 @@ impl Lifecycle {
             (Goal::Up, _) if self.was_ready => CapsuleState::Running,
             (Goal::Up, _) if self.presence(Part::Record) != Presence::Present => CapsuleState::Pending,
             (Goal::Up, _) => CapsuleState::Starting,
+            (Goal::Paused, None) if self.packed => CapsuleState::Hibernated,
             (Goal::Paused, None) => CapsuleState::Paused,
             (Goal::Paused, Some(_)) => CapsuleState::Pausing,
             (Goal::Down, _) => match &self.failure {
@@ -377,11 +399,21 @@ impl Lifecycle {
             Work::Pause | Work::Snapshot => CapsuleState::Running,
             Work::Resume => CapsuleState::Paused,
         };
-        if state == wanted {
+        if state == wanted || (work == Work::Resume && self.is_at_rest()) {
             return Ok(());
         }
         let (state, wanted) = (state.name(), wanted.name());
         Err(format!("the capsule is {state}; only one that is {wanted} can be {}", work.done()))
+    }
+
+    /// Whether it is paused or hibernated: all of it is on disk, and nobody waits for anything.
+    pub fn is_at_rest(&self) -> bool {
+        matches!(self.state(), CapsuleState::Paused | CapsuleState::Hibernated)
+    }
+
+    /// Whether its memory is being packed.
+    pub fn is_packing(&self) -> bool {
+        self.packing
     }
 
     /// Whether it has, or is about to have, a machine.
@@ -399,14 +431,17 @@ impl Lifecycle {
     pub fn is_settled(&self) -> bool {
         let lasting = PARTS.into_iter().filter(|part| *part != Part::Guest);
         let moving = |part| matches!(self.presence(part), Presence::Making | Presence::Removing);
-        let is_still =
-            !self.creating && !self.saving && self.work.is_none() && !lasting.into_iter().any(moving);
+        let is_still = !self.creating
+            && !self.saving
+            && !self.packing
+            && self.work.is_none()
+            && !lasting.into_iter().any(moving);
         is_still && (self.goal != Goal::Down || self.is_down() || self.gave_up)
     }
 
     /// Whether nothing of it exists.
     pub fn is_down(&self) -> bool {
-        !self.saving && self.parts.iter().all(|p| *p == Presence::Absent)
+        !self.saving && !self.packing && self.parts.iter().all(|p| *p == Presence::Absent)
     }
 
     /// Takes an event and says what is to be done.
@@ -419,6 +454,7 @@ impl Lifecycle {
                     self.set(part, Presence::Present);
                     // A machine that was made of the image runs and writes to the disk.
                     self.image &= part != Part::Machine;
+                    self.packed &= self.image;
                 }
             }
             Event::MakeFailed(part, failure) => {
@@ -465,6 +501,7 @@ impl Lifecycle {
             }
             Event::Resume => {
                 if self.check(Work::Resume).is_ok() {
+                    self.stop_packing(&mut actions);
                     self.goal = Goal::Up;
                     self.work = Some(Work::Resume);
                     self.remove_attempts = 0;
@@ -480,7 +517,19 @@ impl Lifecycle {
             Event::Saved => {
                 self.saving = false;
                 self.image = true;
+                self.packed = false;
             }
+            Event::Hibernate => {
+                if self.state() == CapsuleState::Paused && !self.packing {
+                    self.packing = true;
+                    actions.push(Action::Pack);
+                }
+            }
+            Event::Packed => {
+                self.packing = false;
+                self.packed = true;
+            }
+            Event::NotPacked => self.packing = false,
             Event::SaveFailed(failure) => self.on_not_saved(failure, &mut actions),
             Event::SnapshotMade => {
                 self.saving = false;
@@ -516,8 +565,15 @@ impl Lifecycle {
         self.parts[part as usize] = presence;
     }
 
+    fn stop_packing(&mut self, actions: &mut Vec<Action>) {
+        if self.packing {
+            actions.push(Action::StopPacking);
+        }
+    }
+
     /// Turns the goal to down. The first reason is the one that counts.
     fn fail(&mut self, failure: Failure, actions: &mut Vec<Action>) {
+        self.stop_packing(actions);
         self.goal = Goal::Down;
         if let Some(work) = self.work.take() {
             actions.push(Action::Failed(work, failure.clone()));
@@ -590,8 +646,8 @@ impl Lifecycle {
     }
 
     fn advance_up(&mut self, actions: &mut Vec<Action>) {
-        if self.saving {
-            // A machine that ends now is not made again.
+        if self.saving || self.packing {
+            // A machine that ends now is not made again, and none is made of what is being packed.
             return;
         }
         for part in PARTS {
@@ -655,7 +711,7 @@ impl Lifecycle {
     }
 
     fn advance_down(&mut self, actions: &mut Vec<Action>) {
-        if self.saving {
+        if self.saving || self.packing {
             // What is being written needs what would be removed.
             return;
         }

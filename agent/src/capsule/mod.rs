@@ -7,6 +7,7 @@
 //! - `executor`: does what the state machine says, through worker jobs
 //! - `machine`: starting the virtual machine, watching it, and its end
 //! - `saving`: pausing it and letting it go on
+//! - `hibernation`: packing the memory of one that is paused
 //! - `guest`: the way to the guest daemon
 //! - `stall`: a guest that waits for room on the host
 //! - `watch`: changing what it may reach, and what it uses
@@ -28,6 +29,7 @@ pub mod spec;
 
 mod executor;
 mod guest;
+mod hibernation;
 mod machine;
 mod saving;
 mod stall;
@@ -51,6 +53,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use wire::message::{CapsuleInfo, CapsuleState, SnapshotInfo};
 use wire::session::StreamId;
 
@@ -100,6 +103,8 @@ pub enum CapsuleTimer {
     Prepare,
     /// It may have been idle for its `timeout_sec`.
     Idle,
+    /// It has been paused for so long that its memory is packed.
+    Hibernate,
 }
 
 /// Somebody who waits for an answer: a stream of a control plane's session.
@@ -157,6 +162,8 @@ pub struct Capsule {
     pub made_snapshot: Option<SnapshotInfo>,
     /// Held while its machine may map it.
     shared_memory: Option<Arc<File>>,
+    /// Whether somebody wants it while its memory is being packed.
+    stop_packing: Arc<AtomicBool>,
 }
 
 /// A snapshot that was asked for.
@@ -202,7 +209,7 @@ impl Capsule {
     ) -> Capsule {
         let LeftPaused { record, slot, disk } = left;
         let mut capsule = Capsule::with(key, spec, directory, slot, now_ms, record, secret);
-        capsule.lifecycle = Lifecycle::paused();
+        capsule.lifecycle = Lifecycle::paused(capsule.record.image.is_some_and(|image| image.packed));
         capsule.take_disk(disk);
         capsule
     }
@@ -277,6 +284,7 @@ impl Capsule {
             snapshot_order: None,
             made_snapshot: None,
             shared_memory: None,
+            stop_packing: Arc::default(),
         }
     }
 
@@ -303,6 +311,8 @@ impl Capsule {
                     Action::Make(part) => events.extend(self.make(ctx, part)),
                     Action::Remove(part) => events.extend(self.remove(ctx, part)),
                     Action::Save | Action::MakeSnapshot => self.begin_save(ctx),
+                    Action::Pack => self.begin_packing(ctx),
+                    Action::StopPacking => self.stop_packing(),
                     Action::RetryAfter(wait_ms) => self.set_timer(ctx, CapsuleTimer::Retry, wait_ms),
                     other => {
                         if matches!(
@@ -360,6 +370,11 @@ impl Capsule {
         if self.spec.timeout_sec > 0 && self.state() == CapsuleState::Running {
             let at = self.active_ms + self.idle_limit_ms();
             ctx.timers.set(TimerKey::Capsule(self.key, CapsuleTimer::Idle), at);
+        }
+        let hibernate_after_ms = ctx.host.config.hibernate_after_ms;
+        if hibernate_after_ms > 0 && self.state() == CapsuleState::Paused {
+            let at = self.active_ms + hibernate_after_ms;
+            ctx.timers.set(TimerKey::Capsule(self.key, CapsuleTimer::Hibernate), at);
         }
     }
 

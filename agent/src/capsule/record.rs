@@ -182,7 +182,7 @@ pub(super) mod tests {
             uid: 7,
             slot: None,
             machine: None,
-            image: Some(Image { memory: 1, delta: Some(2), state: 2 }),
+            image: Some(Image { memory: 1, delta: Some(2), state: 2, packed: false }),
             base: None,
             generation: 2,
             ready: true,

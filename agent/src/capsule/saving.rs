@@ -9,6 +9,7 @@
 
 use super::executor::{CapsuleReport, make_failed};
 use super::failure::Failure;
+use super::hibernation::unpack;
 use super::journal::{self, Phase, Step};
 use super::lifecycle::{Event, Part};
 use super::machine::KILL_TIMEOUT_MS;
@@ -21,6 +22,7 @@ use crate::net::Tap;
 use crate::snapshots::{self, Draft, Manifest, Snapshot, SnapshotError};
 use crate::vmm::image::{Written, clean};
 use crate::vmm::{Image, Machine, MachineSpec, Vmm, VmmError};
+use crate::zstd::ZstdError;
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -48,6 +50,8 @@ pub enum SaveFailure {
     Vmm(VmmError),
     /// The same, with what the VMM said in the end.
     Said(VmmError, String),
+    /// Its memory could not be packed or unpacked.
+    Zstd(ZstdError),
     /// There is nothing to restore.
     NoImage,
     /// There is no disk to copy.
@@ -65,6 +69,7 @@ impl fmt::Display for SaveFailure {
             SaveFailure::Disk(path, e) => write!(f, "writing out {}: {e}", path.display()),
             SaveFailure::Vmm(e) => e.fmt(f),
             SaveFailure::Said(e, said) => write!(f, "{e}; it said: {said}"),
+            SaveFailure::Zstd(e) => e.fmt(f),
             SaveFailure::NoImage => f.write_str("it has no image"),
             SaveFailure::NoDisk => f.write_str("it has no disk"),
             SaveFailure::Flatten(e) => e.fmt(f),
@@ -316,6 +321,12 @@ fn save(mut machine: Machine, mut record: Record, directory: &Path, disk: Option
                 let out = File::open(&disk).and_then(|file| file.sync_all());
                 out.map_err(|e| SaveFailure::Disk(disk, e))?;
             }
+            if image.delta.is_some() {
+                // It may have been unpacked when the machine was started, which nobody waited for.
+                let memory = image.memory_path(directory);
+                let out = File::open(&memory).and_then(|file| file.sync_all());
+                out.map_err(|e| SaveFailure::Disk(memory, e))?;
+            }
             record.image = Some(image);
             record.note(directory, Step::Save, Phase::Done).map_err(SaveFailure::Record)?;
             Ok((image, written))
@@ -374,6 +385,10 @@ pub(super) fn restore(
     directory: &Path,
 ) -> CapsuleReport {
     let result = start_restored(vmm, &mut spec, tap, namespace, &mut record, directory);
+    if result.is_err() {
+        // What was unpacked for it.
+        clean(directory, record.image.as_ref(), record.base);
+    }
     CapsuleReport::Restored(Box::new(RestoreReport { record, result, memory: None }))
 }
 
@@ -386,6 +401,7 @@ fn start_restored(
     directory: &Path,
 ) -> Result<Machine, SaveFailure> {
     let image = record.image.ok_or(SaveFailure::NoImage)?;
+    unpack(&image, record, directory)?;
     let merged = image.merge(directory).map_err(SaveFailure::Vmm)?;
     spec.restore = Some(merged.open(directory).map_err(SaveFailure::Vmm)?);
     note(directory, Step::Machine, Phase::Begin);

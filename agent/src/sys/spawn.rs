@@ -9,6 +9,12 @@ use std::process::{Child, Command};
 /// Most supplementary groups that [`spawn`] sets.
 const MAX_GROUPS: usize = 4;
 
+/// The nice value of what runs in the background, setpriority(2).
+const LOWEST_PRIORITY: libc::c_int = 19;
+/// linux/ioprio.h: this process, and class 3 (idle) above 13 bits of a level that it has not.
+const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+const IOPRIO_IDLE: libc::c_int = 3 << 13;
+
 /// A user to run as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
@@ -31,10 +37,14 @@ pub struct Confinement<'a> {
     pub groups: &'a [u32],
     /// Descriptors that it keeps under the same numbers. All others but 0, 1 and 2 are closed.
     pub inherit: &'a [BorrowedFd<'a>],
+    /// Whether it ends with the thread that starts it.
+    pub ends_with_us: bool,
+    /// Whether processors and disks are for everybody else first.
+    pub in_background: bool,
 }
 
 /// Starts `command`, confined, in a session of its own, without core dumps (they would hold a guest's
-/// memory) and without a way to gain privileges. It outlives this process.
+/// memory) and without a way to gain privileges. It outlives this process unless it is told to end with it.
 pub fn spawn(command: &mut Command, confinement: &Confinement<'_>) -> io::Result<Child> {
     if confinement.groups.len() > MAX_GROUPS {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -47,6 +57,8 @@ pub fn spawn(command: &mut Command, confinement: &Confinement<'_>) -> io::Result
         identity: confinement.identity,
         groups,
         group_count: confinement.groups.len(),
+        ends_with_us: confinement.ends_with_us,
+        in_background: confinement.in_background,
         inherit: confinement.inherit.iter().map(|fd| fd.as_raw_fd()).collect(),
     };
     // SAFETY: `apply` makes system calls only and neither allocates nor takes a lock, as a hook between
@@ -62,6 +74,8 @@ struct ChildSetup {
     identity: Option<Identity>,
     groups: [libc::gid_t; MAX_GROUPS],
     group_count: usize,
+    ends_with_us: bool,
+    in_background: bool,
     inherit: Vec<RawFd>,
 }
 
@@ -87,6 +101,14 @@ impl ChildSetup {
                 super::check(libc::setresuid(uid, uid, uid))?;
             }
             super::check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
+            if self.ends_with_us {
+                // After the user: a change of that takes it back.
+                super::check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0))?;
+            }
+            if self.in_background {
+                super::check(libc::setpriority(libc::PRIO_PROCESS, 0, LOWEST_PRIORITY))?;
+                super::check(libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, IOPRIO_IDLE))?;
+            }
             // On exec, not now: the standard library still has a pipe to tell us of a failure.
             let close_on_exec = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;
             super::check(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, close_on_exec))?;

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufReader, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// How long a VMM may take for one command while a machine is saved or restored, in milliseconds. Stopping
@@ -34,6 +34,9 @@ pub struct Image {
     pub delta: Option<u64>,
     /// Of the state of its devices.
     pub state: u64,
+    /// Whether the memory is packed, under a name of its own, and has to be unpacked first.
+    #[serde(default)]
+    pub packed: bool,
 }
 
 /// How much was written, for the log and for figures.
@@ -48,7 +51,8 @@ pub struct Written {
 impl Image {
     /// The files of an image in a capsule's directory, all of which it needs.
     fn names(&self) -> Vec<String> {
-        let mut names = vec![name("memory", self.memory), name("state", self.state)];
+        let memory = if self.packed { "packed" } else { "memory" };
+        let mut names = vec![name(memory, self.memory), name("state", self.state)];
         names.extend(self.delta.map(|delta| name("delta", delta)));
         names
     }
@@ -61,7 +65,17 @@ impl Image {
         Ok(Image { delta: None, ..*self })
     }
 
-    /// Opens the files for a machine. The image must be merged. Blocks.
+    /// Where its memory is, or goes to when it is unpacked.
+    pub fn memory_path(&self, directory: &Path) -> PathBuf {
+        directory.join(name("memory", self.memory))
+    }
+
+    /// Where its memory is once it is packed.
+    pub fn packed_path(&self, directory: &Path) -> PathBuf {
+        directory.join(name("packed", self.memory))
+    }
+
+    /// Opens the files for a machine. The image must be merged, and its memory not packed. Blocks.
     pub fn open(&self, directory: &Path) -> Result<Restore, VmmError> {
         let memory = directory.join(name("memory", self.memory));
         if self.delta.is_some() {
@@ -95,7 +109,8 @@ pub fn clean(directory: &Path, image: Option<&Image>, base: Option<u64>) {
     let Ok(entries) = fs::read_dir(directory) else { return };
     for entry in entries.flatten() {
         let file = entry.file_name().to_string_lossy().into_owned();
-        let is_ours = ["memory-", "delta-", "state-"].iter().any(|prefix| file.starts_with(prefix));
+        let is_ours =
+            ["memory-", "delta-", "state-", "packed-"].iter().any(|prefix| file.starts_with(prefix));
         if is_ours
             && !keep.contains(&file)
             && let Err(e) = fs::remove_file(entry.path())
@@ -161,7 +176,7 @@ mod tests {
         fs::write(directory.join("memory-1"), [1; 16_384]).expect("written");
         fs::write(directory.join("delta-2"), &delta).expect("written");
         fs::write(directory.join("state-2"), b"state").expect("written");
-        let image = Image { memory: 1, delta: Some(2), state: 2 };
+        let image = Image { memory: 1, delta: Some(2), state: 2, packed: false };
         assert!(matches!(image.open(&directory), Err(VmmError::BadImage { .. })));
         for _ in 0..2 {
             assert_eq!(image.merge(&directory).expect("merged"), Image { delta: None, ..image });

@@ -96,6 +96,8 @@ fn change(request: Request, context: &Arc<Context>, change: Change) -> Flow {
             let principal = Principal::of(sql, &context, &request)?;
             let capsule = find(sql, &principal, request.param("id"))?;
             let [before, meanwhile, _] = change.states();
+            let is_hibernated = change == Change::Resume && capsule.status == CapsuleState::Hibernated;
+            let before = if is_hibernated { capsule.status } else { before };
             let target = target_in(&capsule, before)?;
             if !capsules::change_state(sql, &capsule.id, &[before], meanwhile, None)? {
                 let message = "the capsule's state has just changed; look at it again";

@@ -206,7 +206,7 @@ pub fn set_running(sql: &mut dyn Sql, host_id: &str, info: &CapsuleInfo) -> Resu
              started_at = coalesce(started_at, now()), last_active_at = coalesce(last_active_at, now()),
              last_updated = case when status = 'running' then last_updated else now() end
          where id = $1 and host_id = $2 and (status in ('starting', 'missing', 'pausing', 'paused', 'resuming',
-             'snapshotting') or status = 'running' and not (
+             'snapshotting', 'hibernated') or status = 'running' and not (
              guest_ip = $3 and host_ip = $4 and disk_size_mb = $5 and disk_used_mb = $6
              and metadata @> $7::text::jsonb))",
         &[
@@ -222,19 +222,21 @@ pub fn set_running(sql: &mut dyn Sql, host_id: &str, info: &CapsuleInfo) -> Resu
     Ok(changed > 0)
 }
 
-/// Notes that a host has a capsule paused. `false` when there is nothing to note: all of it is known, or
+/// Notes that a host has a capsule paused or hibernated, whichever it tells. `false` when there is nothing to note: all of it is known, or
 /// the capsule is not expected to be there.
 ///
 /// # Errors
 /// What the database says.
 pub fn set_paused(sql: &mut dyn Sql, host_id: &str, info: &CapsuleInfo) -> Result<bool, DbError> {
     let used = i32::try_from(info.disk_used_mb).unwrap_or(i32::MAX);
+    let status =
+        if info.state == CapsuleState::Hibernated { info.state } else { CapsuleState::Paused }.name();
     let changed = sql.execute(
-        "update capsules set status = 'paused', disk_used_mb = $3, failure = null,
-             last_updated = case when status = 'paused' then last_updated else now() end
+        "update capsules set status = $4, disk_used_mb = $3, failure = null,
+             last_updated = case when status = $4 then last_updated else now() end
          where id = $1 and host_id = $2 and (status in ('running', 'pausing', 'resuming', 'missing',
-             'snapshotting') or status = 'paused' and disk_used_mb <> $3)",
-        &[&info.capsule_id, &host_id, &used],
+             'snapshotting') or status in ('paused', 'hibernated') and (status <> $4 or disk_used_mb <> $3))",
+        &[&info.capsule_id, &host_id, &used, &status],
     )?;
     Ok(changed > 0)
 }

@@ -46,7 +46,7 @@ pub struct Record {
 pub enum Repair {
     /// The host has it running: note that, and what the host tells of it.
     MarkRunning(CapsuleInfo),
-    /// The host has it paused: note that, and what the host tells of it.
+    /// The host has it paused or hibernated: note that, and what the host tells of it.
     MarkPaused(CapsuleInfo),
     /// It failed.
     MarkError {
@@ -106,15 +106,18 @@ fn present(record: &Record, info: &CapsuleInfo) -> Option<Repair> {
         (CapsuleState::Running | CapsuleState::Missing, CapsuleState::Running) => {
             Some(Repair::MarkRunning(info.clone()))
         }
-        (CapsuleState::Paused | CapsuleState::Missing, CapsuleState::Paused) => {
-            Some(Repair::MarkPaused(info.clone()))
-        }
+        (
+            CapsuleState::Paused | CapsuleState::Hibernated | CapsuleState::Missing,
+            CapsuleState::Paused | CapsuleState::Hibernated,
+        ) => Some(Repair::MarkPaused(info.clone())),
         // The host's word counts once nobody can be about to note an answer: it pauses idle capsules by
         // itself, and what was begun is finished there whether or not anybody heard of it.
         (_, CapsuleState::Running) => {
             (record.age_ms >= SETTLED_MS).then(|| Repair::MarkRunning(info.clone()))
         }
-        (_, CapsuleState::Paused) => (record.age_ms >= SETTLED_MS).then(|| Repair::MarkPaused(info.clone())),
+        (_, CapsuleState::Paused | CapsuleState::Hibernated) => {
+            (record.age_ms >= SETTLED_MS).then(|| Repair::MarkPaused(info.clone()))
+        }
         _ => None,
     }
 }
@@ -254,8 +257,13 @@ mod tests {
             for n in 0..12 {
                 let id = format!("cl-{n}");
                 if pick(3) > 0 {
-                    let states = [CapsuleState::Running, CapsuleState::Paused, CapsuleState::Error];
-                    world.host.insert(id.clone(), states[pick(3)]);
+                    let states = [
+                        CapsuleState::Running,
+                        CapsuleState::Paused,
+                        CapsuleState::Hibernated,
+                        CapsuleState::Error,
+                    ];
+                    world.host.insert(id.clone(), states[pick(4)]);
                 }
                 if pick(4) > 0 {
                     let states = [
@@ -269,6 +277,7 @@ mod tests {
                         CapsuleState::Paused,
                         CapsuleState::Resuming,
                         CapsuleState::Snapshotting,
+                        CapsuleState::Hibernated,
                     ];
                     let state = states[pick(states.len())];
                     let record = Record { is_here: pick(5) > 0, ..record(&id, state, OLD) };
@@ -292,7 +301,7 @@ mod tests {
         fn carry_out(&mut self, repair: Repair) {
             let (id, state) = match repair {
                 Repair::MarkRunning(info) => (info.capsule_id, CapsuleState::Running),
-                Repair::MarkPaused(info) => (info.capsule_id, CapsuleState::Paused),
+                Repair::MarkPaused(info) => (info.capsule_id, info.state),
                 Repair::MarkError { id, .. } => (id, CapsuleState::Error),
                 Repair::MarkMissing { id } => (id, CapsuleState::Missing),
                 Repair::MarkStopped { id } => (id, CapsuleState::Stopped),

@@ -81,7 +81,11 @@ impl World {
     fn handle(&mut self, event: Event) {
         for action in self.life.handle(event) {
             match action {
-                Action::Make(_) | Action::RetryAfter(_) | Action::Save | Action::MakeSnapshot => {
+                Action::Make(_)
+                | Action::RetryAfter(_)
+                | Action::Save
+                | Action::MakeSnapshot
+                | Action::Pack => {
                     self.under_way.push(action);
                 }
                 Action::Remove(part) => {
@@ -106,7 +110,7 @@ impl World {
         self.there.remove(&Part::Guest);
         let remains = Remains { machine: self.has(Part::Machine), ..self.journal };
         let fate = remains.fate();
-        if state == CapsuleState::Paused {
+        if matches!(state, CapsuleState::Paused | CapsuleState::Hibernated) {
             assert_eq!(fate, Fate::Kept, "seed {seed}: a paused capsule is lost, {remains:?}");
         }
         if had_guest && state == CapsuleState::Running && remains.machine {
@@ -126,7 +130,7 @@ impl World {
                 assert!(self.has(Part::Record) && self.has(Part::Disk), "seed {seed}: kept without its disk");
                 self.there.remove(&Part::Machine);
                 self.there.remove(&Part::Network);
-                self.life = Lifecycle::paused();
+                self.life = Lifecycle::paused(random.below(2) == 0);
             }
             Fate::Cleared(_) => {
                 self.fates[2] += 1;
@@ -149,6 +153,7 @@ impl World {
             1 if alive => Event::Pause,
             2 | 3 if alive => Event::Resume,
             4 if alive => Event::Snapshot,
+            8 if alive => Event::Hibernate,
             5 if alive => Event::Deadline(broken()),
             6 if self.has(Part::Guest) => {
                 self.there.remove(&Part::Guest);
@@ -187,6 +192,8 @@ impl World {
                 self.done(action);
                 Event::Saved
             }
+            Action::Pack if fails => Event::NotPacked,
+            Action::Pack => Event::Packed,
             Action::MakeSnapshot if fails || lacks_machine => Event::SnapshotFailed(broken()),
             Action::MakeSnapshot => Event::SnapshotMade,
             _ => Event::RetryDue,

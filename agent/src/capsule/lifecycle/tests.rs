@@ -284,9 +284,62 @@ fn what_is_asked_for_in_the_wrong_state_is_refused_and_nothing() {
     let life = after_pause(&[(Event::Pause, &[]), (Event::Snapshot, &[])]);
     let refusal = life.check(Work::Pause).expect_err("paused");
     assert_eq!(refusal, "the capsule is paused; only one that is running can be paused");
-    let mut life = Lifecycle::paused();
+    let mut life = Lifecycle::paused(false);
     assert_eq!((life.state(), life.check(Work::Resume)), (CapsuleState::Paused, Ok(())));
     assert_eq!(life.handle(Event::Resume), [Make(Network)]);
+}
+
+#[test]
+fn a_paused_capsule_hibernates_and_is_resumed_from_there() {
+    let life = after_pause(&[
+        (Event::Hibernate, &[Pack]),
+        (Event::Hibernate, &[]),
+        (Event::Packed, &[]),
+        (Event::Hibernate, &[]),
+        (Event::Pause, &[]),
+    ]);
+    assert_eq!((life.state(), life.is_at_rest()), (CapsuleState::Hibernated, true));
+    let refusal = life.check(Work::Pause).expect_err("hibernated");
+    assert_eq!(refusal, "the capsule is hibernated; only one that is running can be paused");
+    let mut life = Lifecycle::paused(true);
+    assert_eq!(life.state(), CapsuleState::Hibernated);
+    assert_eq!(life.handle(Event::Resume), [Make(Network)]);
+    assert_eq!(life.state(), CapsuleState::Resuming);
+    assert_eq!(life.handle(Event::MakeFailed(Network, broken())), [Failed(Work::Resume, broken())]);
+    assert_eq!(life.state(), CapsuleState::Hibernated, "nothing was unpacked");
+    life.handle(Event::Resume);
+    for part in [Network, Machine, Guest] {
+        life.handle(Event::Made(part));
+    }
+    assert_eq!(life.state(), CapsuleState::Running);
+    assert_eq!(life.handle(Event::Pause), [Save]);
+    life.handle(Event::Saved);
+    assert!(life.has_image());
+    let running = after_up(&[(Event::Hibernate, &[])]);
+    assert_eq!(running.state(), CapsuleState::Running);
+}
+
+#[test]
+fn who_wants_a_capsule_that_is_being_packed_stops_that_and_waits_for_it() {
+    for (event, packed) in [(Event::Packed, true), (Event::NotPacked, false)] {
+        let life = after_pause(&[
+            (Event::Hibernate, &[Pack]),
+            (Event::Resume, &[StopPacking]),
+            (Event::Deadline(broken()), &[Failed(Work::Resume, broken())]),
+            (Event::Resume, &[StopPacking]),
+            (event.clone(), &[Make(Network)]),
+            (Event::MakeFailed(Network, broken()), &[Failed(Work::Resume, broken())]),
+        ]);
+        let state = if packed { CapsuleState::Hibernated } else { CapsuleState::Paused };
+        assert_eq!(life.state(), state);
+        after_pause(&[
+            (Event::Hibernate, &[Pack]),
+            (Event::Destroy, &[StopPacking]),
+            (event, &[Remove(Disk)]),
+            (Event::Removed(Disk), &[Remove(Record)]),
+            (Event::Removed(Record), &[Destroyed, Forget]),
+        ]);
+    }
 }
 
 /// A small generator, so that the run is the same every time.
@@ -327,6 +380,7 @@ fn every_interleaving_ends_with_nothing_left() {
                 (_, 5 | 6) => Some(Event::Pause),
                 (_, 7 | 8) => Some(Event::Resume),
                 (_, 9) => Some(Event::Snapshot),
+                (_, 10..=12) => Some(Event::Hibernate),
                 (_, 4) if world.contains(&Machine) => Some(Event::MachineExited(broken())),
                 _ => None,
             };
@@ -348,6 +402,8 @@ fn every_interleaving_ends_with_nothing_left() {
                         Event::SnapshotFailed(broken())
                     }
                     MakeSnapshot => Event::SnapshotMade,
+                    Pack if random.below(3) == 0 => Event::NotPacked,
+                    Pack => Event::Packed,
                     other => panic!("{other:?} is not answered"),
                 },
             };
@@ -384,12 +440,21 @@ fn every_interleaving_ends_with_nothing_left() {
             }
             for action in life.handle(event) {
                 match action {
-                    Make(_) | RetryAfter(_) | Save | MakeSnapshot => under_way.push(action),
+                    Make(part) => {
+                        assert!(!under_way.contains(&Pack), "seed {seed}: {part:?} made of what is packed");
+                        under_way.push(action);
+                    }
+                    RetryAfter(_) | Save | MakeSnapshot => under_way.push(action),
+                    Pack => {
+                        assert!(image && !under_way.contains(&Pack), "seed {seed}: nothing to pack");
+                        under_way.push(action);
+                    }
+                    StopPacking => assert!(under_way.contains(&Pack), "seed {seed}: nothing to stop"),
                     Finished(work) | Failed(work, _) => {
                         assert_eq!(asked.take(), Some(work), "seed {seed}: answered unasked");
                     }
                     Remove(part) => {
-                        let saving = under_way.iter().any(|a| matches!(a, Save | MakeSnapshot));
+                        let saving = under_way.iter().any(|a| matches!(a, Save | MakeSnapshot | Pack));
                         assert!(!saving, "seed {seed}: {part:?} removed under what is being written");
                         assert!(
                             image || life.goal() == Goal::Down,
@@ -403,7 +468,7 @@ fn every_interleaving_ends_with_nothing_left() {
                     Destroyed | DestroyFailed(_) | Ended => {}
                 }
             }
-            if life.state() == CapsuleState::Paused {
+            if life.is_at_rest() {
                 assert!(image && world.iter().eq([&Record, &Disk]), "seed {seed}: paused with {world:?}");
             }
         }

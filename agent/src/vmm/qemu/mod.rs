@@ -213,7 +213,7 @@ impl Qemu {
         };
         let identity = Some(Identity { uid: spec.uid, gid: spec.gid });
         let group = group.map(AsFd::as_fd);
-        Confinement { namespace: Some(namespace), group, identity, groups, inherit }
+        Confinement { namespace: Some(namespace), group, identity, groups, inherit, ..Confinement::default() }
     }
 }
 

@@ -33,12 +33,12 @@ pub fn save(monitor: &mut Monitor, pid: u32, place: &Place<'_>) -> Result<(Image
         // The base is this capsule's own, so that it may be brought up to date.
         Some((base, file)) if mapping.is_of(&file) => {
             let memory_bytes = mapping.write_delta(pid, &directory.join(name("delta", generation)))?;
-            let image = Image { memory: base, delta: Some(generation), state: generation };
+            let image = Image { memory: base, delta: Some(generation), state: generation, packed: false };
             Ok((image, Written { memory_bytes, is_delta: true }))
         }
         _ => {
             let memory_bytes = mapping.write_all(pid, &directory.join(name("memory", generation)), owner)?;
-            let image = Image { memory: generation, delta: None, state: generation };
+            let image = Image { memory: generation, delta: None, state: generation, packed: false };
             Ok((image, Written { memory_bytes, is_delta: false }))
         }
     }
