@@ -1,6 +1,8 @@
 //! The agent's own configuration: the typed form of its variables.
 
 use crate::net::slot::Slot;
+use crate::vmm::Wanted;
+use crate::vmm::firecracker::Programs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use wire::config::{ConfigError, HttpUrl, Settings};
@@ -14,6 +16,10 @@ pub struct Config {
     pub directory: PathBuf,
     /// The control plane; needed to register and for heartbeats.
     pub control_plane: Option<HttpUrl>,
+    /// What capsules run in.
+    pub vmm: Wanted,
+    /// Firecracker and its jailer.
+    pub firecracker: Programs,
     /// The QEMU program; `None` for the one on the PATH.
     pub qemu: Option<PathBuf>,
     /// The first and last network slot of this agent.
@@ -46,6 +52,16 @@ impl Config {
             listen_address: settings.listen_address("WRENN_HOST_LISTEN_ADDR")?,
             directory: settings.path("WRENN_DIR")?,
             control_plane: optional(settings, "WRENN_CP_URL", Settings::http_url)?,
+            vmm: match settings.get("WRENN_VMM") {
+                Some("firecracker") => Wanted::Firecracker,
+                Some("qemu") => Wanted::Qemu,
+                _ => Wanted::Auto,
+            },
+            firecracker: Programs {
+                firecracker: optional(settings, "WRENN_FIRECRACKER_BIN", Settings::path)?,
+                jailer: optional(settings, "WRENN_JAILER_BIN", Settings::path)?,
+                without_jailer: settings.boolean("WRENN_FIRECRACKER_UNJAILED")?,
+            },
             qemu: optional(settings, "WRENN_QEMU_BIN", Settings::path)?,
             slots: (slot(first)?, slot(last)?),
             guest_dns: optional(settings, "WRENN_GUEST_DNS", Settings::ipv4)?,
@@ -96,6 +112,8 @@ mod tests {
         assert_eq!((config.slots.0.index(), config.slots.1.index()), (1, 65_534));
         assert_eq!((config.vcpu_overcommit, config.disk_overcommit), (8, 8));
         assert_eq!(config.hibernate_after_ms, 0);
+        assert_eq!(config.vmm, Wanted::Auto);
+        assert!(config.firecracker.firecracker.is_none() && !config.firecracker.without_jailer);
     }
 
     #[test]
@@ -104,9 +122,15 @@ mod tests {
             ("WRENN_CP_URL", "http://cp:8000"),
             ("WRENN_SLOTS", "100-199"),
             ("WRENN_GUEST_DNS", "9.9.9.9"),
+            ("WRENN_VMM", "firecracker"),
+            ("WRENN_FIRECRACKER_BIN", "/opt/firecracker"),
+            ("WRENN_FIRECRACKER_UNJAILED", "true"),
         ]);
         assert_eq!(config.control_plane.map(|u| u.port), Some(8000));
         assert_eq!(config.slots.1.index(), 199);
+        assert_eq!(config.vmm, Wanted::Firecracker);
+        assert_eq!(config.firecracker.firecracker, Some(PathBuf::from("/opt/firecracker")));
+        assert!(config.firecracker.without_jailer);
         assert_eq!(config.guest_dns, Some(Ipv4Addr::new(9, 9, 9, 9)));
     }
 

@@ -160,6 +160,11 @@ impl Snapshot {
         self.directory.join(DISK)
     }
 
+    /// Its files as they lie there, for a VMM that only reads them. Blocks.
+    pub fn open(&self) -> Result<Restore, VmmError> {
+        Ok(Restore { is_own: false, ..IMAGE.open(&self.directory)? })
+    }
+
     /// What is told of it. Blocks for a `stat` a file.
     pub fn info(&self, name: &str) -> SnapshotInfo {
         let entries = fs::read_dir(&self.directory).into_iter().flatten().flatten();
@@ -340,11 +345,11 @@ impl SharedMemory {
         loaded.retain(|_, memory| memory.strong_count() > 0);
         let key = (metadata.dev(), metadata.ino());
         if let Some(memory) = loaded.get(&key).and_then(Weak::upgrade) {
-            return Ok(Restore { memory, state: files.state });
+            return Ok(Restore { memory, is_own: false, ..files });
         }
         let memory = Arc::new(memfd::sealed_copy(c"snapshot memory", &files.memory).map_err(system)?);
         loaded.insert(key, Arc::downgrade(&memory));
-        Ok(Restore { memory, state: files.state })
+        Ok(Restore { memory, is_own: false, ..files })
     }
 }
 

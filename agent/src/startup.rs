@@ -15,7 +15,6 @@ use crate::registration::{self, Credentials, CredentialsError, Registration};
 use crate::snapshots::{self, SharedMemory};
 use crate::sys::cgroup::Groups;
 use crate::sys::resources;
-use crate::vmm::qemu::Qemu;
 use crate::vmm::{Vmm, VmmError};
 use crate::worker::Workers;
 use crate::zstd::{self, ZstdError};
@@ -167,14 +166,14 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
         log::warn!("WRENN_CP_URL is not set: no heartbeats, so a control plane will not use this host");
     }
     let kernel = layout.kernel()?;
-    let vmm = Vmm::Qemu(Qemu::find(config.qemu.as_deref())?);
+    let disks = Backend::probe(&layout.images(), &layout.sandboxes())?;
+    let vmm = Vmm::find(config.vmm, config.qemu.as_deref(), &config.firecracker, disks)?;
     if let Some(reason) = vmm.why_not_kvm() {
         log::warn!("KVM is not used: {reason}");
     }
     if config.hibernate_after_ms > 0 {
         zstd::find()?;
     }
-    let disks = Backend::probe(&layout.images(), &layout.sandboxes())?;
     let open_files = raise_open_files().map_err(system("raising the limit of open files"))?;
     if open_files < FEW_OPEN_FILES {
         log::warn!("only {open_files} open files are allowed: set LimitNOFILE= or `ulimit -n` higher");

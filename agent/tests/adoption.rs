@@ -6,16 +6,13 @@ mod common;
 use common::{Agent, Client, Place, creation, guest_directory};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use wire::codec::Bytes;
 use wire::message::{
     CapsuleCreate, CapsuleGet, CapsuleInfo, CapsulePause, CapsuleResume, CapsuleSnapshot, CapsuleState, Code,
     Done, Error, Forward, Message, ProcessStart, ProcessStarted, SnapshotInfo,
 };
 use wrenn_agent::ending::Ending;
-
-/// How long a guest daemon may take to be reached anew.
-const REACHED: Duration = Duration::from_secs(30);
 
 fn state(cp: &mut Client, id: &str) -> CapsuleState {
     let info: CapsuleInfo = cp.ask(&CapsuleGet { capsule_id: id.into() }).expect("known");
@@ -24,15 +21,7 @@ fn state(cp: &mut Client, id: &str) -> CapsuleState {
 
 /// The standard output of a shell command that succeeds, once the guest daemon is reached.
 fn shell(cp: &mut Client, id: &str, command: &str) -> String {
-    let end = Instant::now() + REACHED;
-    let ran = loop {
-        match cp.exec(id, &["/bin/sh", "-c", command]) {
-            Err(e) if e.code() == Code::Unavailable && Instant::now() < end => {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            other => break other.expect("ran"),
-        }
-    };
+    let ran = cp.exec_when_reached(id, &["/bin/sh", "-c", command]);
     let text = String::from_utf8_lossy(&ran.stdout).trim().to_string();
     assert_eq!(ran.exit_code, 0, "{command}: {text} {}", String::from_utf8_lossy(&ran.stderr));
     text

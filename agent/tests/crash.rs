@@ -11,7 +11,7 @@ use common::{Agent, Client, Place, creation, guest_directory};
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use wire::codec::Bytes;
 use wire::message::{
     CapsuleCreate, CapsuleDestroy, CapsuleGet, CapsuleInfo, CapsulePause, CapsuleResume, CapsuleSnapshot,
@@ -19,8 +19,6 @@ use wire::message::{
     SnapshotInfo,
 };
 
-/// How long anything after a crash may take.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// The capsule that lives through it all, and the one that is made anew for each crash that ends it.
 const LASTING: &str = "cl-lasting";
 const FLEETING: &str = "cl-fleeting";
@@ -158,15 +156,7 @@ fn snapshot(id: &str, name: &str) -> CapsuleSnapshot {
 }
 
 fn shell(cp: &mut Client, id: &str, command: &str) -> String {
-    let end = Instant::now() + PATIENCE;
-    let ran = loop {
-        match cp.exec(id, &["/bin/sh", "-c", command]) {
-            Err(e) if e.code() == Code::Unavailable && Instant::now() < end => {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            other => break other.expect("ran"),
-        }
-    };
+    let ran = cp.exec_when_reached(id, &["/bin/sh", "-c", command]);
     let text = String::from_utf8_lossy(&ran.stdout).trim().to_string();
     assert_eq!(ran.exit_code, 0, "{command}: {text} {}", String::from_utf8_lossy(&ran.stderr));
     text

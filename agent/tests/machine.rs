@@ -81,6 +81,7 @@ impl Capsule {
             command_line: command_line.into(),
             disks: vec![self.disk.image()],
             guest_mac: self.network.slot().guest_mac(),
+            metadata: serde_json::Value::Null,
             uid: FIRST_UID + self.network.slot().index(),
             gid: FIRST_UID + self.network.slot().index(),
             directory: self.directory.0.clone(),

@@ -68,6 +68,8 @@ pub enum Kind {
     },
     /// `true` or `false`.
     Boolean,
+    /// One of these words.
+    Choice(&'static [&'static str]),
     /// An IPv4 address.
     Ipv4,
     /// A DNS domain.
@@ -90,6 +92,7 @@ impl Kind {
             Kind::Number { min, max } => format!("a whole number from {min} to {max}"),
             Kind::Range { min, max } => format!("FIRST-LAST, whole numbers from {min} to {max}"),
             Kind::Boolean => "true or false".into(),
+            Kind::Choice(words) => format!("one of {}", words.join(", ")),
             Kind::Ipv4 => "an IPv4 address".into(),
             Kind::Domain => "a DNS domain such as capsules.example.com".into(),
         }
@@ -117,6 +120,7 @@ impl Kind {
                 parse_range(value).is_some_and(|(first, last)| min <= first && first <= last && last <= max)
             }
             Kind::Boolean => matches!(value, "true" | "false"),
+            Kind::Choice(words) => words.contains(&value),
             Kind::Ipv4 => value.parse::<Ipv4Addr>().is_ok(),
             Kind::Domain => is_host_name(value) && value.parse::<IpAddr>().is_err(),
         }
@@ -206,6 +210,34 @@ pub const VARIABLES: &[Variable] = &[
         Kind::Token,
         None,
         "the one-time registration token, instead of --register",
+    ),
+    variable(
+        "WRENN_VMM",
+        Program::Agent,
+        Kind::Choice(&["auto", "qemu", "firecracker"]),
+        Some("auto"),
+        "what capsules run in; auto is Firecracker where one is installed and KVM works, else QEMU",
+    ),
+    variable(
+        "WRENN_FIRECRACKER_BIN",
+        Program::Agent,
+        Kind::AbsolutePath,
+        None,
+        "the Firecracker program; without it, firecracker of /usr/local/bin or /usr/bin",
+    ),
+    variable(
+        "WRENN_JAILER_BIN",
+        Program::Agent,
+        Kind::AbsolutePath,
+        None,
+        "Firecracker's jailer; without it, jailer beside Firecracker, in /usr/local/bin or /usr/bin",
+    ),
+    variable(
+        "WRENN_FIRECRACKER_UNJAILED",
+        Program::Agent,
+        Kind::Boolean,
+        Some("false"),
+        "whether Firecracker may run without its jailer, which is less safe",
     ),
     variable(
         "WRENN_QEMU_BIN",

@@ -16,6 +16,7 @@ use crate::net::metadata::Endpoint;
 use crate::sys::cgroup::{self, Group};
 use crate::vmm::{self, Machine, MachineSpec, Pump, VmmError};
 use mio::unix::SourceFd;
+use serde_json::Value;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, RawFd};
@@ -50,8 +51,11 @@ impl fmt::Display for MachineFailure {
 
 impl Capsule {
     pub(super) fn make_machine(&mut self, ctx: &mut Context) -> Result<(), String> {
+        let document = self.metadata_document();
         // The metadata service has to answer before the guest asks.
-        self.open_metadata(ctx)?;
+        if !ctx.host.vmm.serves_metadata() {
+            self.open_metadata(ctx, document.clone())?;
+        }
         let (Some(network), Some(tap), Some(disk)) = (&self.network, self.tap.take(), &self.disk) else {
             return Err("its network or its disk is not there".into());
         };
@@ -66,6 +70,7 @@ impl Capsule {
             command_line: command_line(&self.spec, dns),
             disks: vec![disk.image()],
             guest_mac: network.slot().guest_mac(),
+            metadata: document,
             uid: self.record.uid,
             gid: self.record.uid,
             directory: self.directory.clone(),
@@ -103,18 +108,22 @@ impl Capsule {
         Ok(())
     }
 
-    fn open_metadata(&mut self, ctx: &mut Context) -> Result<(), String> {
+    /// What the guest is told about itself.
+    fn metadata_document(&self) -> Value {
+        let verifier = Verifier::new(&self.secret, &random_bytes::<16>(), ITERATIONS);
+        serde_json::json!({
+            "instanceID": self.spec.id,
+            "envID": self.spec.template,
+            "accessTokenHash": verifier.to_text(),
+        })
+    }
+
+    fn open_metadata(&mut self, ctx: &mut Context, document: Value) -> Result<(), String> {
         let Some(network) = &self.network else { return Err("its network is not there".into()) };
         let mut listener = network.metadata_listener().map_err(|e| e.to_string())?;
         let token = ctx
             .watch(&mut listener, LoopSource::Capsule(self.key, Source::Metadata))
             .map_err(|e| format!("watching the metadata listener: {e}"))?;
-        let verifier = Verifier::new(&self.secret, &random_bytes::<16>(), ITERATIONS);
-        let document = serde_json::json!({
-            "instanceID": self.spec.id,
-            "envID": self.spec.template,
-            "accessTokenHash": verifier.to_text(),
-        });
         self.metadata = Some(MetadataService::new(listener, token, Endpoint::new(document)));
         Ok(())
     }
@@ -124,10 +133,14 @@ impl Capsule {
     /// # Errors
     /// There is no metadata service; the guest daemon asks it only when it starts or goes on.
     pub fn adopt_machine(&mut self, ctx: &mut Context) -> Result<(), String> {
-        if let Some(machine) = self.machine.take() {
-            self.watch_new_machine(ctx, machine);
+        let Some(machine) = self.machine.take() else { return Ok(()) };
+        let serves_metadata = machine.serves_metadata();
+        self.watch_new_machine(ctx, machine);
+        if serves_metadata {
+            return Ok(());
         }
-        self.open_metadata(ctx)
+        let document = self.metadata_document();
+        self.open_metadata(ctx, document)
     }
 
     /// Its control group, with the limits that it is to have.
@@ -158,12 +171,12 @@ impl Capsule {
         self.shutdown_reason = None;
         self.stalled = false;
         let fds = [
-            (machine.exit_fd(), Source::Exit),
+            (Some(machine.exit_fd()), Source::Exit),
             (machine.monitor_fd(), Source::Monitor),
-            (machine.console_fd(), Source::Console),
+            (Some(machine.console_fd()), Source::Console),
         ];
         self.machine = Some(machine);
-        for (fd, source) in fds {
+        for (fd, source) in fds.into_iter().filter_map(|(fd, source)| Some((fd?, source))) {
             if let Err(e) = self.watch_machine(ctx, fd, source) {
                 // Without the exit's descriptor its end would never be seen: it has to go.
                 log::error!("capsule {}: watching {source:?}: {e}", self.spec.id);

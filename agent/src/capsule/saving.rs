@@ -269,7 +269,11 @@ pub(super) fn start_from_snapshot(
     mut record: Record,
     directory: &Path,
 ) -> CapsuleReport {
-    let started = host.shared_memory.open(snapshot).map_err(SaveFailure::Vmm).and_then(|restore| {
+    let opened = match host.vmm.shares_files() {
+        true => snapshot.open(),
+        false => host.shared_memory.open(snapshot),
+    };
+    let started = opened.map_err(SaveFailure::Vmm).and_then(|restore| {
         spec.restore = Some(restore.clone());
         note(directory, Step::Machine, Phase::Begin);
         let mut machine = host.vmm.start(&spec, tap, namespace.as_fd()).map_err(SaveFailure::Vmm)?;

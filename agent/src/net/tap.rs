@@ -5,6 +5,7 @@ use super::link::Links;
 use super::slot::Slot;
 use super::{GATEWAY_ADDRESS, GUEST_ADDRESS, GUEST_PREFIX};
 use crate::sys::tun;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// Its name, the same in every namespace.
@@ -28,6 +29,12 @@ impl Tap {
         links.add_address(link, GATEWAY_ADDRESS, GUEST_PREFIX)?;
         links.add_neighbour(link, GUEST_ADDRESS, slot.guest_mac())?;
         Ok(Tap(tap))
+    }
+
+    /// Gives it up for a VMM that opens it by [`NAME`] as the user `uid`. It then stays until its namespace
+    /// goes.
+    pub fn leave_to(self, uid: u32) -> io::Result<()> {
+        tun::leave_to(self.0.as_fd(), uid)
     }
 }
 

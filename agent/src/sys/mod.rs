@@ -11,6 +11,7 @@
 //! - [`dm`]: device-mapper devices
 //! - [`loopdev`]: block devices whose content is a file
 //! - [`sparse`]: files with holes
+//! - [`node`]: device files, named pipes and who is behind a socket
 //! - [`passing`]: handing open files to other processes
 //! - [`poll`]: waiting for one descriptor
 //! - [`reflink`]: copies that share their blocks
@@ -27,6 +28,7 @@ pub mod kvm;
 pub mod loopdev;
 pub mod memfd;
 pub mod namespace;
+pub mod node;
 pub mod passing;
 pub mod pidfd;
 pub mod poll;

@@ -2,11 +2,15 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 /// `TUNSETIFF`, `_IOW('T', 202, int)`.
 const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
+
+/// `TUNSETPERSIST` and `TUNSETOWNER`, `_IOW('T', 203, int)` and `_IOW('T', 204, int)`.
+const TUNSETPERSIST: libc::Ioctl = 0x4004_54cb;
+const TUNSETOWNER: libc::Ioctl = 0x4004_54cc;
 
 /// The control device.
 pub const CONTROL_DEVICE: &str = "/dev/net/tun";
@@ -31,4 +35,15 @@ pub fn open_tap(name: &str) -> io::Result<OwnedFd> {
     // SAFETY: TUNSETIFF reads and writes one ifreq, which `request` is.
     super::check(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut request) })?;
     Ok(file.into())
+}
+
+/// Lets the user `uid` open the TAP device of `tap` by its name, and keeps it when that descriptor is closed:
+/// it then goes with its namespace.
+pub fn leave_to(tap: BorrowedFd<'_>, uid: u32) -> io::Result<()> {
+    // SAFETY: both take an integer by value and touch no memory of ours.
+    unsafe {
+        super::check(libc::ioctl(tap.as_raw_fd(), TUNSETOWNER, libc::c_ulong::from(uid)))?;
+        super::check(libc::ioctl(tap.as_raw_fd(), TUNSETPERSIST, 1 as libc::c_ulong))?;
+    }
+    Ok(())
 }

@@ -21,6 +21,28 @@ pub enum VmmError {
         /// What it says of itself.
         says: String,
     },
+    /// There is no Firecracker.
+    NoFirecracker {
+        /// Where it was looked for.
+        searched: String,
+    },
+    /// There is no jailer, without which Firecracker is not used.
+    NoJailer {
+        /// Where it was looked for.
+        searched: String,
+    },
+    /// This Firecracker or jailer is not used.
+    WrongFirecracker {
+        /// The program.
+        program: PathBuf,
+        /// Why not.
+        why: String,
+    },
+    /// Firecracker is wanted but cannot be used here.
+    NotHere {
+        /// Why not.
+        why: String,
+    },
     /// A file that QEMU opens itself is not readable for its own user.
     NotReadable {
         /// The file.
@@ -42,16 +64,18 @@ pub enum VmmError {
     },
     /// The monitor's connection cannot go on.
     Monitor(QmpError),
+    /// Another error, and what the VMM said.
+    Said(Box<VmmError>, String),
     /// The monitor's connection is closed: the VMM has ended or is about to.
     MonitorClosed,
-    /// QEMU has refused a command.
+    /// The VMM has refused a command.
     Refused {
         /// Which.
         command: &'static str,
-        /// QEMU's reason.
+        /// Its reason.
         why: String,
     },
-    /// QEMU has not answered a command in time.
+    /// The VMM has not answered a command in time.
     NoAnswer {
         /// Which.
         command: &'static str,
@@ -77,6 +101,18 @@ impl fmt::Display for VmmError {
                 write!(f, "{} is not QEMU 7.0 or later: {says}", program.display())
             }
             VmmError::Group(e) => write!(f, "its limits cannot be set: {e}"),
+            VmmError::NoFirecracker { searched } => write!(
+                f,
+                "no firecracker in {searched}: install it or set WRENN_FIRECRACKER_BIN, or set WRENN_VMM=qemu"
+            ),
+            VmmError::NoJailer { searched } => write!(
+                f,
+                "no jailer in {searched}: install Firecracker's jailer beside it or set WRENN_JAILER_BIN; \
+                 WRENN_FIRECRACKER_UNJAILED=true runs Firecracker without it, which is less safe"
+            ),
+            VmmError::WrongFirecracker { program, why } => write!(f, "{}: {why}", program.display()),
+            VmmError::NotHere { why } => write!(f, "{why}; set WRENN_VMM=qemu, or mend it"),
+            VmmError::Said(error, said) => write!(f, "{error}; it said: {said}"),
             VmmError::NotReadable { path } => write!(
                 f,
                 "{} is not readable for all, and capsules run as users of their own: chmod a+r it",
@@ -85,9 +121,9 @@ impl fmt::Display for VmmError {
             VmmError::Invalid { reason } => f.write_str(reason),
             VmmError::System { step, path, source } => write!(f, "{step} {}: {source}", path.display()),
             VmmError::Monitor(error) => error.fmt(f),
-            VmmError::MonitorClosed => f.write_str("QEMU has closed its monitor"),
-            VmmError::Refused { command, why } => write!(f, "QEMU refused {command}: {why}"),
-            VmmError::NoAnswer { command } => write!(f, "QEMU did not answer {command} in time"),
+            VmmError::MonitorClosed => f.write_str("the VMM has closed its control socket"),
+            VmmError::Refused { command, why } => write!(f, "the VMM refused {command}: {why}"),
+            VmmError::NoAnswer { command } => write!(f, "the VMM did not answer {command} in time"),
             VmmError::BadImage { path, what } => write!(f, "{}: {what}", path.display()),
         }
     }
@@ -98,6 +134,7 @@ impl std::error::Error for VmmError {
         match self {
             VmmError::System { source, .. } => Some(source),
             VmmError::Monitor(error) => Some(error),
+            VmmError::Said(error, _) => error.source(),
             _ => None,
         }
     }

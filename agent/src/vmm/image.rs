@@ -9,8 +9,8 @@ use super::machine::system;
 use super::{Restore, VmmError};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufReader, Read};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::io::{BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ pub(super) const PAGE: u64 = 4_096;
 pub(super) const CHUNK: usize = 1 << 20;
 /// The most runs of pages that a delta may have: one a page of the largest memory.
 const MAX_RUNS: u64 = (1 << 40) / PAGE;
-pub(super) const DELTA_MAGIC: &[u8; 8] = b"WRNDLTA1";
+const DELTA_MAGIC: &[u8; 8] = b"WRNDLTA1";
 
 /// What a saved machine consists of: the generations of its files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,9 +83,15 @@ impl Image {
         }
         let file = OpenOptions::new().read(true).write(true).open(&memory);
         let file = file.map_err(system("opening", &memory))?;
-        let state = directory.join(name("state", self.state));
-        let state = File::open(&state).map_err(system("opening", &state))?;
-        Ok(Restore { memory: Arc::new(file), state: Arc::new(state) })
+        let state_path = directory.join(name("state", self.state));
+        let state = File::open(&state_path).map_err(system("opening", &state_path))?;
+        Ok(Restore {
+            memory: Arc::new(file),
+            state: Arc::new(state),
+            memory_path: memory,
+            state_path,
+            is_own: true,
+        })
     }
 
     /// Space that it takes on the host, in bytes. Blocks.
@@ -118,6 +124,29 @@ pub fn clean(directory: &Path, image: Option<&Image>, base: Option<u64>) {
             log::warn!("removing {}: {e}", entry.path().display());
         }
     }
+}
+
+/// Writes runs of pages to a new file: each as its offset and length, big-endian, and the bytes; in the end a
+/// run of no length. `fill` is given what takes a run of at most [`CHUNK`] bytes. On disk when this returns.
+pub(super) fn write_delta(
+    path: &Path,
+    fill: impl FnOnce(&mut dyn FnMut(u64, &[u8]) -> Result<(), VmmError>) -> Result<u64, VmmError>,
+) -> Result<u64, VmmError> {
+    let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
+    let file = file.map_err(system("making", path))?;
+    let mut out = BufWriter::with_capacity(CHUNK, &file);
+    let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(system("writing", path));
+    put(DELTA_MAGIC)?;
+    let bytes = fill(&mut |offset, run| {
+        put(&offset.to_be_bytes())?;
+        put(&(run.len() as u64).to_be_bytes())?;
+        put(run)
+    })?;
+    put(&[0; 16])?;
+    out.flush().map_err(system("writing", path))?;
+    drop(out);
+    file.sync_all().map_err(system("writing out", path))?;
+    Ok(bytes)
 }
 
 /// Puts a delta's pages into a memory file, on disk when this returns.

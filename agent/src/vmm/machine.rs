@@ -2,6 +2,7 @@
 
 use super::VmmError;
 use super::console::{Console, Pump};
+use super::firecracker::Instance;
 use super::image::{COMMAND_TIMEOUT_MS, Image, Written};
 use super::qemu::{self, Monitor};
 use super::qmp::{CommandError, CommandId};
@@ -59,6 +60,8 @@ pub struct Machine {
 pub(super) enum Control {
     /// QEMU's monitor.
     Qemu(Monitor),
+    /// Firecracker's API.
+    Firecracker(Box<Instance>),
 }
 
 /// Where a machine is to be saved.
@@ -89,8 +92,24 @@ impl Machine {
     /// seen in the directory. [`VmmError::System`] with NotFound when its process has ended since.
     pub fn adopt(directory: &Path, pid: u32, start_ticks: u64) -> Result<Machine, VmmError> {
         let process = Process::adopt(pid, start_ticks).map_err(system("adopting the VMM of", directory))?;
-        let (control, console) = qemu::connect(directory)?;
+        let (control, console) = match Instance::find(directory, pid)? {
+            Some(found) => found,
+            None => qemu::connect(directory)?,
+        };
         Ok(Machine::started(process, control, console, None))
+    }
+
+    /// Its Firecracker, where that is what it runs in.
+    pub(super) fn instance(&self) -> Option<&Instance> {
+        match &self.control {
+            Control::Qemu(_) => None,
+            Control::Firecracker(instance) => Some(instance),
+        }
+    }
+
+    /// Whether it answers the guest at the metadata service's address itself.
+    pub fn serves_metadata(&self) -> bool {
+        self.instance().is_some()
     }
 
     /// The VMM's process number.
@@ -110,12 +129,25 @@ impl Machine {
 
     /// How the VMM ended, or `None` while it runs. Never blocks.
     pub fn try_wait(&mut self) -> io::Result<Option<Exit>> {
-        self.process.try_wait()
+        let exit = self.process.try_wait()?;
+        self.note_end(exit);
+        Ok(exit)
     }
 
     /// Waits at most `timeout_ms` for the VMM's end. Blocks.
     pub fn wait(&mut self, timeout_ms: i32) -> io::Result<Option<Exit>> {
-        self.process.wait(timeout_ms)
+        let exit = self.process.wait(timeout_ms)?;
+        self.note_end(exit);
+        Ok(exit)
+    }
+
+    /// What only a running VMM needs is of no use any more; what cannot be removed goes with the capsule.
+    fn note_end(&self, exit: Option<Exit>) {
+        if let (Some(instance), Some(_)) = (self.instance(), exit)
+            && let Err(e) = instance.clear()
+        {
+            log::warn!("VMM {}: {e}", self.pid());
+        }
     }
 
     /// Ends the VMM at once. The guest is told nothing and its disk is as after a power cut.
@@ -128,6 +160,10 @@ impl Machine {
     pub fn quit(&mut self) -> Result<(), VmmError> {
         match &mut self.control {
             Control::Qemu(monitor) => monitor.execute("quit", None).map(drop),
+            // It keeps nothing back that would have to be written.
+            Control::Firecracker(_) => {
+                self.process.kill().map_err(system("killing", Path::new("firecracker")))
+            }
         }
     }
 
@@ -135,6 +171,8 @@ impl Machine {
     pub fn begin_going_on(&mut self) -> Result<(), VmmError> {
         match &mut self.control {
             Control::Qemu(monitor) => monitor.execute("cont", None).map(drop),
+            // It stops no guest by itself: a write that does not fit is an error in the guest.
+            Control::Firecracker(_) => Ok(()),
         }
     }
 
@@ -142,6 +180,7 @@ impl Machine {
     pub fn stand_still(&mut self) -> Result<(), VmmError> {
         match &mut self.control {
             Control::Qemu(monitor) => monitor.call("stop", None, None, COMMAND_TIMEOUT_MS).map(drop),
+            Control::Firecracker(instance) => instance.set_running(false),
         }
     }
 
@@ -150,6 +189,8 @@ impl Machine {
     pub fn run_on(&mut self) -> Result<(), VmmError> {
         match &mut self.control {
             Control::Qemu(monitor) => qemu::run_on(monitor),
+            // For one that runs this is nothing.
+            Control::Firecracker(instance) => instance.set_running(true),
         }
     }
 
@@ -157,6 +198,7 @@ impl Machine {
     pub fn go_on(&mut self) -> Result<(), VmmError> {
         match &mut self.control {
             Control::Qemu(monitor) => monitor.call("cont", None, None, COMMAND_TIMEOUT_MS).map(drop),
+            Control::Firecracker(instance) => instance.set_running(true),
         }
     }
 
@@ -165,6 +207,8 @@ impl Machine {
     pub fn wait_until_restored(&mut self) -> Result<(), VmmError> {
         match &mut self.control {
             Control::Qemu(monitor) => qemu::wait_until_restored(monitor),
+            // It had before it was started.
+            Control::Firecracker(_) => Ok(()),
         }
     }
 
@@ -181,16 +225,19 @@ impl Machine {
         let place = Place { directory, generation, base, owner };
         let saved = match &mut self.control {
             Control::Qemu(monitor) => qemu::save(monitor, self.process.pid(), &place)?,
+            Control::Firecracker(instance) => instance.save(&place)?,
         };
         let handle = File::open(directory).map_err(system("opening", directory))?;
         handle.sync_all().map_err(system("writing out", directory))?;
         Ok(saved)
     }
 
-    /// The control socket's descriptor, to wait on for reading and writing.
-    pub fn monitor_fd(&self) -> RawFd {
+    /// The control socket's descriptor, to wait on for reading and writing; `None` where the VMM says
+    /// nothing unasked.
+    pub fn monitor_fd(&self) -> Option<RawFd> {
         match &self.control {
-            Control::Qemu(monitor) => monitor.fd(),
+            Control::Qemu(monitor) => Some(monitor.fd()),
+            Control::Firecracker(_) => None,
         }
     }
 
@@ -200,6 +247,7 @@ impl Machine {
     pub fn pump_monitor(&mut self) -> Result<Pump, VmmError> {
         match &mut self.control {
             Control::Qemu(monitor) => monitor.pump(),
+            Control::Firecracker(_) => Ok(Pump::Drained),
         }
     }
 
@@ -207,6 +255,7 @@ impl Machine {
     pub fn poll_event(&mut self) -> Option<Event> {
         match &mut self.control {
             Control::Qemu(monitor) => monitor.poll_event(),
+            Control::Firecracker(_) => None,
         }
     }
 
@@ -225,9 +274,15 @@ impl Machine {
         self.console.tail(TAIL_BYTES)
     }
 
-    /// What the VMM itself has written to its standard output and error: why it could not start, mostly.
+    /// What the VMM itself has written to its standard output and error and to its log: why it could not start,
+    /// mostly.
     pub fn diagnostics(&self) -> String {
-        self.errors.as_ref().map(Capture::text).unwrap_or_default()
+        let mut text = self.errors.as_ref().map(Capture::text).unwrap_or_default();
+        let logged = self.instance().map(Instance::logged).unwrap_or_default();
+        if !text.is_empty() && !logged.is_empty() {
+            text.push('\n');
+        }
+        text + &logged
     }
 }
 

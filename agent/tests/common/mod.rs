@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use wire::auth::{ITERATIONS, NONCE_LEN, Verifier};
 use wire::codec::Bytes;
 use wire::message::{
-    CHANNEL_STDERR, CHANNEL_STDOUT, CapsuleCreate, CapsuleDestroy, CapsuleInfo, Done, Error, Forward,
+    CHANNEL_STDERR, CHANNEL_STDOUT, CapsuleCreate, CapsuleDestroy, CapsuleInfo, Code, Done, Error, Forward,
     Message, ProcessExited, ProcessStart, ProcessStarted,
 };
 use wire::session::{Event, Limits, Session, SessionError, StreamId};
@@ -403,6 +403,19 @@ impl Client {
                 }
                 Event::Closed { error } => panic!("closed: {error}"),
                 _ => {}
+            }
+        }
+    }
+
+    /// The same, once the guest daemon is reached: an agent that has just started may have to reach it yet.
+    pub fn exec_when_reached(&mut self, id: &str, argv: &[&str]) -> Ran {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match self.exec(id, argv) {
+                Err(e) if e.code() == Code::Unavailable && Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                other => return other.expect("ran"),
             }
         }
     }

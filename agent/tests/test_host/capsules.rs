@@ -14,9 +14,34 @@ use wire::message::{
 use wrenn_agent::sys::dm::Control;
 
 pub const CASES: &[Case] = &[
-    ("a capsule runs until its agent is killed", a_capsule_runs_until_its_agent_is_killed),
-    ("a paused capsule survives a reboot", a_paused_capsule_survives_a_reboot),
+    ("a capsule runs on when its agent is killed", |_| {
+        a_capsule_runs_on_when_its_agent_is_killed("qemu", 20)
+    }),
+    ("a paused capsule survives a reboot", |_| a_paused_capsule_survives_a_reboot("qemu", 22)),
+    ("the same in Firecracker", |_| in_firecracker(a_capsule_runs_on_when_its_agent_is_killed, 24)),
+    ("a paused capsule in Firecracker", |_| in_firecracker(a_paused_capsule_survives_a_reboot, 26)),
 ];
+
+/// Runs a case in Firecracker, where the test host got one.
+fn in_firecracker(case: fn(&str, u32), number: u32) {
+    match Path::new("/testhost/firecracker").exists() {
+        true => case("firecracker", number),
+        false => println!(
+            "  SKIPPED: no Firecracker was given: none on PATH, and WRENN_FIRECRACKER_BIN names none; what is \
+             left are the tests with the double"
+        ),
+    }
+}
+
+/// An agent whose capsules run in this VMM.
+fn agent_with(place: &Place, vmm: &str) -> Agent {
+    Agent::start_with(place, |command| {
+        command.env("WRENN_VMM", vmm);
+        if vmm == "firecracker" {
+            command.env("WRENN_FIRECRACKER_BIN", "/testhost/firecracker");
+        }
+    })
+}
 
 /// Where the test host has what was put there for it; `None` when it got no guest.
 fn guest() -> Option<PathBuf> {
@@ -40,13 +65,13 @@ fn slow(id: &str) -> CapsuleCreate {
     CapsuleCreate { deadline_ms: 60_000, disk_size_mb: 2_048, ..creation(id) }
 }
 
-fn a_capsule_runs_until_its_agent_is_killed(_: &Path) {
+fn a_capsule_runs_on_when_its_agent_is_killed(vmm: &str, number: u32) {
     let Some(guest) = guest() else { return };
-    let place = Place::with_guest(20, &guest);
-    let mut agent = Agent::start(&place);
+    let place = Place::with_guest(number, &guest);
+    let mut agent = agent_with(&place, vmm);
     let mut cp = agent.client();
     let status: HostStatusReply = cp.ask(&HostStatus {}).expect("status");
-    assert!(status.vmm.contains("kvm"), "{}", status.vmm);
+    assert!(status.vmm.starts_with(vmm) && status.vmm.ends_with("kvm"), "{}", status.vmm);
     let began = Instant::now();
     let info: CapsuleInfo = cp.ask(&slow("cl-one")).expect("created");
     let created = began.elapsed();
@@ -71,7 +96,13 @@ fn a_capsule_runs_until_its_agent_is_killed(_: &Path) {
     agent.wait();
     assert_eq!(device_names(), ["wrenn-cl-one"]);
     assert!(group.exists());
-    let agent = Agent::start(&place);
+    // The next agent goes on with it: the same machine, and what its guest had not written out.
+    let agent = agent_with(&place, vmm);
+    let mut cp = agent.client();
+    assert_eq!(place.machines().first().map(u32::to_string).as_ref(), Some(&machine));
+    let ran = cp.exec_when_reached("cl-one", &["cmp", "-n", "8000000", "/tmp/data", "/dev/zero"]);
+    assert_eq!(ran.exit_code, 0, "{}", String::from_utf8_lossy(&ran.stderr));
+    cp.destroy("cl-one").expect("destroyed");
     assert_eq!((place.remains(), device_names()), (Vec::new(), Vec::new()));
     assert!(!group.exists());
     assert!(agent.terminate().success());
@@ -94,10 +125,10 @@ fn start_from_a_snapshot(cp: &mut Client) {
     cp.destroy("cl-copy").expect("destroyed");
 }
 
-fn a_paused_capsule_survives_a_reboot(_: &Path) {
+fn a_paused_capsule_survives_a_reboot(vmm: &str, number: u32) {
     let Some(guest) = guest() else { return };
-    let place = Place::with_guest(22, &guest);
-    let agent = Agent::start(&place);
+    let place = Place::with_guest(number, &guest);
+    let agent = agent_with(&place, vmm);
     let mut cp = agent.client();
     let _: CapsuleInfo = cp.ask(&slow("cl-kept")).expect("created");
     let script = "echo in memory >/dev/shm/file; echo on disk >/tmp/file";
@@ -111,7 +142,7 @@ fn a_paused_capsule_survives_a_reboot(_: &Path) {
     assert_eq!(device_names(), ["wrenn-cl-kept"]);
     // What a reboot takes away.
     Control::open().and_then(|control| control.remove("wrenn-cl-kept")).expect("removed");
-    let agent = Agent::start(&place);
+    let agent = agent_with(&place, vmm);
     let mut cp = agent.client();
     let began = Instant::now();
     let resume = CapsuleResume { capsule_id: "cl-kept".into(), deadline_ms: 60_000 };

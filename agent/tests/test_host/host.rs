@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 /// The file system on which the cases work: this, and what is put there for them.
 const WORK_BYTES: u64 = 2 << 30;
 /// How long all of it may take: five times what it takes on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_secs(500);
 
 /// An AMD processor, whose virtualization QEMU can translate, and no more than it can.
 const CPU: &str = "EPYC,+svm,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,-nrip-save,\
@@ -46,6 +46,10 @@ pub fn run() {
     };
     put(&std::env::current_exe().expect("this program"), "program");
     put(Path::new(env!("CARGO_BIN_EXE_wrenn-agent")), "wrenn-agent");
+    if let Some((firecracker, jailer)) = firecracker() {
+        put(&firecracker, "firecracker");
+        put(&jailer, "jailer");
+    }
     if let Some(guest) = guest_directory() {
         put(&guest.join("images/minimal/rootfs.ext4"), "guest/images/minimal/rootfs.ext4");
         for entry in fs::read_dir(guest.join("kernels")).expect("kernels").flatten() {
@@ -96,6 +100,20 @@ pub fn run() {
         "the cases failed, see above; the console says:\n{}",
         text(&console)
     );
+}
+
+/// Firecracker and its jailer; without them the cases that need them say so.
+fn firecracker() -> Option<(PathBuf, PathBuf)> {
+    let on_path = |name: &str| {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&path).map(|directory| directory.join(name)).find(|file| file.is_file())
+    };
+    let firecracker = std::env::var_os("WRENN_FIRECRACKER_BIN").map(PathBuf::from);
+    let firecracker = firecracker.or_else(|| on_path("firecracker"))?;
+    let beside = firecracker.with_file_name("jailer");
+    let jailer = if beside.is_file() { Some(beside) } else { on_path("jailer") };
+    let jailer = jailer.unwrap_or_else(|| panic!("no jailer beside {}", firecracker.display()));
+    Some((firecracker, jailer))
 }
 
 /// With `snapshot`, what is written goes with the machine.

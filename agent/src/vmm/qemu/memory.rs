@@ -7,10 +7,9 @@
 
 use crate::sys::sparse;
 use crate::vmm::VmmError;
-use crate::vmm::image::{CHUNK, DELTA_MAGIC, PAGE};
+use crate::vmm::image::{self, CHUNK, PAGE};
 use crate::vmm::machine::system;
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufWriter, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
@@ -85,24 +84,10 @@ impl Mapping {
         Ok(bytes)
     }
 
-    /// Writes the pages that the machine has changed to a new file: each run of them as its offset and
-    /// length, big-endian, and the bytes; in the end a run of no length. Returns how much.
+    /// Writes the pages that the machine has changed to a new file, on disk when this returns. Returns how
+    /// much.
     pub fn write_delta(&self, pid: u32, path: &Path) -> Result<u64, VmmError> {
-        let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
-        let file = file.map_err(system("making", path))?;
-        let mut out = BufWriter::with_capacity(CHUNK, &file);
-        let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(system("writing", path));
-        put(DELTA_MAGIC)?;
-        let bytes = self.each_changed(pid, |offset, run| {
-            put(&offset.to_be_bytes())?;
-            put(&(run.len() as u64).to_be_bytes())?;
-            put(run)
-        })?;
-        put(&[0; 16])?;
-        out.flush().map_err(system("writing", path))?;
-        drop(out);
-        file.sync_all().map_err(system("writing out", path))?;
-        Ok(bytes)
+        image::write_delta(path, |put| self.each_changed(pid, put))
     }
 
     /// Calls `take` with each run of changed pages and its offset. Returns the bytes of all.

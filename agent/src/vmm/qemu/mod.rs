@@ -18,7 +18,7 @@ pub(super) use sockets::connect;
 
 use super::machine::{Machine, system};
 use super::probe::{self, KvmUnusable};
-use super::{MachineSpec, VmmError};
+use super::{MachineSpec, VmmError, check, require_readable};
 use crate::disk::DiskImage;
 use crate::net::Tap;
 use crate::sys::cgroup::Group;
@@ -29,7 +29,6 @@ use arguments::{DiskFds, Inputs};
 use std::ffi::CStr;
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -49,15 +48,6 @@ const QUOTED_CHARS: usize = 200;
 /// What QEMU itself takes: 40 MiB measured, of which most are shared with others of its kind, and room for
 /// what guests can make it allocate (queues of requests, tables of the disk's format).
 const OVERHEAD_MB: u32 = 128;
-const MAX_VCPUS: u32 = 64;
-const MIN_MEMORY_MB: u32 = 64;
-const MAX_MEMORY_MB: u32 = 1 << 20;
-/// The longest kernel command line: COMMAND_LINE_SIZE on x86 is 2,048, of which the terminator and what
-/// `arguments` adds take some.
-const MAX_COMMAND_LINE_BYTES: usize = 1_900;
-const MAX_NAME_BYTES: usize = 64;
-const READABLE_FOR_ALL: u32 = 0o004;
-
 /// What runs the guests' instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Accelerator {
@@ -237,41 +227,10 @@ fn parse_version(says: &str) -> Option<String> {
     (major >= OLDEST_MAJOR).then(|| version.to_owned())
 }
 
-fn check(spec: &MachineSpec) -> Result<(), VmmError> {
-    let invalid = |reason: String| Err(VmmError::Invalid { reason });
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if spec.name.is_empty() || spec.name.len() > MAX_NAME_BYTES || !spec.name.chars().all(plain) {
-        return invalid(format!("{:?} cannot be a machine's name", spec.name));
-    }
-    if !(1..=MAX_VCPUS).contains(&spec.vcpus) {
-        return invalid(format!("{} virtual CPUs: 1 to {MAX_VCPUS} are possible", spec.vcpus));
-    }
-    if !(MIN_MEMORY_MB..=MAX_MEMORY_MB).contains(&spec.memory_mb) {
-        return invalid(format!(
-            "{} MiB of memory: {MIN_MEMORY_MB} to {MAX_MEMORY_MB} are possible",
-            spec.memory_mb
-        ));
-    }
-    if spec.command_line.len() > MAX_COMMAND_LINE_BYTES || spec.command_line.contains('\0') {
-        return invalid(format!(
-            "a kernel command line of {} bytes: {MAX_COMMAND_LINE_BYTES} are possible",
-            spec.command_line.len()
-        ));
-    }
-    if spec.uid == 0 || spec.gid == 0 {
-        return invalid("a machine never runs as root".into());
-    }
-    Ok(())
-}
-
 /// Opens a file that QEMU opens once more by its descriptor, for which it needs the right to.
 fn open_for_all(path: &Path) -> Result<File, VmmError> {
-    let file = File::open(path).map_err(system("opening", path))?;
-    let mode = file.metadata().map_err(system("examining", path))?.permissions().mode();
-    if mode & READABLE_FOR_ALL == 0 {
-        return Err(VmmError::NotReadable { path: path.to_owned() });
-    }
-    Ok(file)
+    require_readable(path)?;
+    File::open(path).map_err(system("opening", path))
 }
 
 struct OpenDisk<'a> {
@@ -307,7 +266,6 @@ impl OpenDisk<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::MacAddress;
 
     #[test]
     fn versions_are_read_and_old_ones_refused() {
@@ -317,39 +275,5 @@ mod tests {
         assert_eq!(parse_version("QEMU emulator version 6.2.0\n"), None);
         assert_eq!(parse_version("bash, version 5"), None);
         assert_eq!(parse_version(""), None);
-    }
-
-    #[test]
-    fn a_machine_that_cannot_be_is_refused_before_anything_is_made() {
-        let good = MachineSpec {
-            name: "cap-1".into(),
-            vcpus: 1,
-            memory_mb: 256,
-            kernel: "/k".into(),
-            initramfs: None,
-            command_line: String::new(),
-            disks: Vec::new(),
-            guest_mac: MacAddress([2, 0, 0, 0, 0, 1]),
-            uid: 100_001,
-            gid: 100_001,
-            directory: "/d".into(),
-            restore: None,
-            group: None,
-        };
-        assert!(check(&good).is_ok());
-        let bad = [
-            MachineSpec { name: "a,b".into(), ..good.clone() },
-            MachineSpec { name: String::new(), ..good.clone() },
-            MachineSpec { vcpus: 0, ..good.clone() },
-            MachineSpec { vcpus: 65, ..good.clone() },
-            MachineSpec { memory_mb: 63, ..good.clone() },
-            MachineSpec { memory_mb: MAX_MEMORY_MB + 1, ..good.clone() },
-            MachineSpec { command_line: "x".repeat(2_048), ..good.clone() },
-            MachineSpec { uid: 0, ..good.clone() },
-            MachineSpec { gid: 0, ..good.clone() },
-        ];
-        for spec in bad {
-            assert!(matches!(check(&spec), Err(VmmError::Invalid { .. })), "{spec:?}");
-        }
     }
 }

@@ -1,9 +1,9 @@
 //! The sockets by which the agent speaks to QEMU, in the capsule's directory.
 
 use super::Monitor;
-use crate::vmm::VmmError;
 use crate::vmm::console::Console;
 use crate::vmm::machine::{Control, system};
+use crate::vmm::{VmmError, firecracker};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -11,7 +11,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 /// The monitor's socket.
-pub const MONITOR_NAME: &str = "qmp.sock";
+const MONITOR_NAME: &str = "qmp.sock";
 /// The serial port's socket.
 const CONSOLE_NAME: &str = "serial.sock";
 
@@ -27,6 +27,8 @@ pub(super) struct Listeners {
 /// Makes the sockets in the capsule's directory and connects to them. Names that are there are replaced:
 /// they are an earlier machine's, and nobody listens any more.
 pub(super) fn create(directory: &Path) -> Result<(Listeners, (Control, Console)), VmmError> {
+    // By that another VMM would be recognised.
+    firecracker::clear(directory)?;
     let handle = File::open(directory).map_err(system("opening", directory))?;
     let monitor = listen(&handle, directory, MONITOR_NAME)?;
     let console = listen(&handle, directory, CONSOLE_NAME)?;
