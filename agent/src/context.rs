@@ -9,7 +9,7 @@ use crate::net::{NetError, SlotAllocator};
 use crate::registration::Report as RegistrationReport;
 use crate::snapshots::{SharedMemory, SnapshotError};
 use crate::sys::cgroup::Groups;
-use crate::vmm::Vmm;
+use crate::vmm::{Kind, Vmm, VmmError, Wanted};
 use crate::worker::Workers;
 use mio::event::Source as MioSource;
 use mio::{Interest, Registry, Token};
@@ -106,6 +106,24 @@ pub struct Host {
     pub shared_memory: SharedMemory,
     /// When a create without a deadline of its own is given up, in milliseconds.
     pub create_deadline_ms: u64,
+}
+
+impl Host {
+    /// The VMM of this kind: the host's own, or for what another has saved, that one, where it is here.
+    /// Blocks for that.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be used here.
+    pub fn vmm_of(&self, kind: Kind) -> Result<Arc<Vmm>, VmmError> {
+        if self.vmm.kind() == kind {
+            return Ok(Arc::clone(&self.vmm));
+        }
+        let wanted = match kind {
+            Kind::Qemu => Wanted::Qemu,
+            Kind::Firecracker => Wanted::Firecracker,
+        };
+        Vmm::find(wanted, self.config.qemu.as_deref(), &self.config.firecracker, self.disks).map(Arc::new)
+    }
 }
 
 /// What the running agent shares.

@@ -15,7 +15,7 @@
 use crate::layout::{Layout, LayoutError};
 use crate::sys::memfd;
 use crate::sys::rename;
-use crate::vmm::{Image, Restore, VmmError};
+use crate::vmm::{Image, Kind, Restore, VmmError};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::fmt;
@@ -37,7 +37,6 @@ const DISK: &str = "rootfs.ext4";
 const NEW_PREFIX: &str = ".new-";
 /// The one generation of a snapshot's files.
 pub const GENERATION: u64 = 0;
-const IMAGE: Image = Image { memory: GENERATION, delta: None, state: GENERATION, packed: false };
 
 /// What a snapshot is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -160,9 +159,19 @@ impl Snapshot {
         self.directory.join(DISK)
     }
 
+    fn image(&self) -> Image {
+        Image {
+            memory: GENERATION,
+            delta: None,
+            state: GENERATION,
+            packed: false,
+            vmm: Kind::of(&self.manifest.vmm),
+        }
+    }
+
     /// Its files as they lie there, for a VMM that only reads them. Blocks.
     pub fn open(&self) -> Result<Restore, VmmError> {
-        Ok(Restore { is_own: false, ..IMAGE.open(&self.directory)? })
+        Ok(Restore { is_own: false, ..self.image().open(&self.directory)? })
     }
 
     /// What is told of it. Blocks for a `stat` a file.
@@ -333,7 +342,7 @@ impl SharedMemory {
     /// What a machine needs to go on from a snapshot. Blocks for as long as reading its memory takes, where
     /// nobody has it.
     pub fn open(&self, snapshot: &Snapshot) -> Result<Restore, VmmError> {
-        let files = IMAGE.open(&snapshot.directory)?;
+        let files = snapshot.image().open(&snapshot.directory)?;
         let system = |source| VmmError::System {
             step: "taking the memory of",
             path: snapshot.directory.clone(),

@@ -276,7 +276,7 @@ mod crash {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::Image;
+    use crate::vmm::{Image, Kind};
     use std::path::PathBuf;
 
     struct Directory(PathBuf);
@@ -308,7 +308,7 @@ mod tests {
         begin(&directory.0, Step::Create, Phase::Done, &first).expect("begun");
         append(&directory.0, Step::Disk, Phase::Begin, None).expect("appended");
         let second = Record {
-            image: Some(Image { memory: 9, delta: None, state: 9, packed: false }),
+            image: Some(Image { memory: 9, delta: None, state: 9, packed: false, vmm: Kind::Qemu }),
             ..first.clone()
         };
         append(&directory.0, Step::Save, Phase::Done, Some(&second)).expect("appended");

@@ -53,7 +53,8 @@ impl Capsule {
     pub(super) fn make_machine(&mut self, ctx: &mut Context) -> Result<(), String> {
         let document = self.metadata_document();
         // The metadata service has to answer before the guest asks.
-        if !ctx.host.vmm.serves_metadata() {
+        let kind = self.record.image.map_or(ctx.host.vmm.kind(), |image| image.vmm);
+        if !kind.serves_metadata() {
             self.open_metadata(ctx, document.clone())?;
         }
         let (Some(network), Some(tap), Some(disk)) = (&self.network, self.tap.take(), &self.disk) else {
@@ -81,14 +82,13 @@ impl Capsule {
             .namespace()
             .try_clone_to_owned()
             .map_err(|e| format!("duplicating the namespace's descriptor: {e}"))?;
-        let (vmm, directory) = (ctx.host.vmm.clone(), self.directory.clone());
+        let (host, directory) = (ctx.host.clone(), self.directory.clone());
         let mut record = self.record.clone();
         if self.lifecycle.has_image() {
-            self.submit(ctx, move || restore(&vmm, spec, tap, namespace, record, &directory));
+            self.submit(ctx, move || restore(&host, spec, tap, namespace, record, &directory));
             return Ok(());
         }
         if let Some(snapshot) = self.spec.snapshot.clone() {
-            let host = ctx.host.clone();
             self.submit(ctx, move || {
                 start_from_snapshot(&host, &snapshot, spec, tap, namespace, record, &directory)
             });
@@ -98,7 +98,7 @@ impl Capsule {
             let begun = journal::append(&directory, Step::Machine, Phase::Begin, None);
             let started = begun
                 .map_err(MachineFailure::Record)
-                .and_then(|()| vmm.start(&spec, tap, namespace.as_fd()).map_err(MachineFailure::Vmm));
+                .and_then(|()| host.vmm.start(&spec, tap, namespace.as_fd()).map_err(MachineFailure::Vmm));
             CapsuleReport::MachineMade(started.and_then(|machine| {
                 let (pid, start_ticks) = (machine.pid(), machine.start_ticks());
                 record.machine = Some(ProcessRecord { pid, start_ticks });

@@ -171,6 +171,7 @@ pub fn remove(directory: &Path) -> io::Result<()> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::vmm::Kind;
 
     pub fn record() -> Record {
         Record {
@@ -182,7 +183,7 @@ pub(super) mod tests {
             uid: 7,
             slot: None,
             machine: None,
-            image: Some(Image { memory: 1, delta: Some(2), state: 2, packed: false }),
+            image: Some(Image { memory: 1, delta: Some(2), state: 2, packed: false, vmm: Kind::Firecracker }),
             base: None,
             generation: 2,
             ready: true,

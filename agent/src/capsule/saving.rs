@@ -21,7 +21,7 @@ use crate::layout::Layout;
 use crate::net::Tap;
 use crate::snapshots::{self, Draft, Manifest, Snapshot, SnapshotError};
 use crate::vmm::image::{Written, clean};
-use crate::vmm::{Image, Machine, MachineSpec, Vmm, VmmError};
+use crate::vmm::{Image, Machine, MachineSpec, VmmError};
 use crate::zstd::ZstdError;
 use std::fmt;
 use std::fs::File;
@@ -381,14 +381,14 @@ fn run_on(machine: &mut Machine, record: &Record, directory: &Path) {
 
 /// Starts a machine of an image and lets its guest go on. Blocks.
 pub(super) fn restore(
-    vmm: &Vmm,
+    host: &Host,
     mut spec: MachineSpec,
     tap: Tap,
     namespace: OwnedFd,
     mut record: Record,
     directory: &Path,
 ) -> CapsuleReport {
-    let result = start_restored(vmm, &mut spec, tap, namespace, &mut record, directory);
+    let result = start_restored(host, &mut spec, tap, namespace, &mut record, directory);
     if result.is_err() {
         // What was unpacked for it.
         clean(directory, record.image.as_ref(), record.base);
@@ -397,7 +397,7 @@ pub(super) fn restore(
 }
 
 fn start_restored(
-    vmm: &Vmm,
+    host: &Host,
     spec: &mut MachineSpec,
     tap: Tap,
     namespace: OwnedFd,
@@ -409,6 +409,7 @@ fn start_restored(
     let merged = image.merge(directory).map_err(SaveFailure::Vmm)?;
     spec.restore = Some(merged.open(directory).map_err(SaveFailure::Vmm)?);
     note(directory, Step::Machine, Phase::Begin);
+    let vmm = host.vmm_of(merged.vmm).map_err(SaveFailure::Vmm)?;
     let mut machine = vmm.start(spec, tap, namespace.as_fd()).map_err(SaveFailure::Vmm)?;
     let process = ProcessRecord { pid: machine.pid(), start_ticks: machine.start_ticks() };
     // Named while the capsule is still paused: an agent after this one ends it.

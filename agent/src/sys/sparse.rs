@@ -7,6 +7,8 @@ use std::os::unix::fs::FileExt;
 
 /// How much is copied at a time.
 const COPY_BYTES: usize = 1 << 20;
+/// What is a hole or none as a whole.
+const BLOCK_BYTES: usize = 4096;
 
 /// The next stretch of `file` at or after `from` that is not a hole, as (beginning, end); `None` when there
 /// is only hole up to the end. A file system without holes has one stretch. Moves the file's position.
@@ -33,6 +35,38 @@ pub fn copy_data(from: &File, to: &File) -> io::Result<u64> {
         }
     }
     Ok(total)
+}
+
+/// As [`copy_data`], to an empty file of the same length: blocks that hold nothing but zeros become holes.
+/// Returns how many bytes were written. Blocks.
+pub fn copy_used(from: &File, to: &File) -> io::Result<u64> {
+    let mut buffer = vec![0; COPY_BYTES];
+    let (mut at, mut total) = (0, 0);
+    while let Some((begin, end)) = next_data(from, at)? {
+        at = begin;
+        while at < end {
+            let wanted = usize::try_from(end - at).unwrap_or(COPY_BYTES).min(COPY_BYTES);
+            let bytes = &mut buffer[..wanted];
+            from.read_exact_at(bytes, at)?;
+            let mut offset = at;
+            for run in bytes.chunks(BLOCK_BYTES).collect::<Vec<_>>().chunk_by(|a, b| is_zero(a) == is_zero(b))
+            {
+                let length: usize = run.iter().map(|block| block.len()).sum();
+                if !is_zero(run[0]) {
+                    let start = usize::try_from(offset - at).unwrap_or(0);
+                    to.write_all_at(&bytes[start..start + length], offset)?;
+                    total += length as u64;
+                }
+                offset += length as u64;
+            }
+            at += wanted as u64;
+        }
+    }
+    Ok(total)
+}
+
+fn is_zero(block: &[u8]) -> bool {
+    block.iter().all(|byte| *byte == 0)
 }
 
 fn seek(file: &File, from: u64, whence: libc::c_int) -> io::Result<u64> {
@@ -65,5 +99,18 @@ mod tests {
         let mut found = [0; 4096];
         copy.read_exact_at(&mut found, 1 << 20).expect("read");
         assert_eq!(found, [1; 4096]);
+        // The same as it would be if somebody had written all of it.
+        file.write_all_at(&[0; 1 << 16], 0).expect("written");
+        file.write_all_at(b"end", (4 << 20) - 3).expect("written");
+        let used = File::options().read(true).write(true).create_new(true).open(&path).expect("created");
+        std::fs::remove_file(&path).expect("removed");
+        used.set_len(4 << 20).expect("sized");
+        assert_eq!(copy_used(&file, &used).expect("copied"), 2 * 4096);
+        let all = |file: &File| {
+            let mut bytes = vec![0; 4 << 20];
+            file.read_exact_at(&mut bytes, 0).expect("read");
+            bytes
+        };
+        assert!(all(&file) == all(&used));
     }
 }

@@ -6,7 +6,7 @@
 //! doing it twice gives the same memory, so a crash in the middle is no harm.
 
 use super::machine::system;
-use super::{Restore, VmmError};
+use super::{Kind, Restore, VmmError};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufReader, BufWriter, Read, Write};
@@ -37,6 +37,9 @@ pub struct Image {
     /// Whether the memory is packed, under a name of its own, and has to be unpacked first.
     #[serde(default)]
     pub packed: bool,
+    /// Who has written it, and alone can read it.
+    #[serde(default)]
+    pub vmm: Kind,
 }
 
 /// How much was written, for the log and for figures.
@@ -205,7 +208,7 @@ mod tests {
         fs::write(directory.join("memory-1"), [1; 16_384]).expect("written");
         fs::write(directory.join("delta-2"), &delta).expect("written");
         fs::write(directory.join("state-2"), b"state").expect("written");
-        let image = Image { memory: 1, delta: Some(2), state: 2, packed: false };
+        let image = Image { memory: 1, delta: Some(2), state: 2, packed: false, vmm: Kind::Qemu };
         assert!(matches!(image.open(&directory), Err(VmmError::BadImage { .. })));
         for _ in 0..2 {
             assert_eq!(image.merge(&directory).expect("merged"), Image { delta: None, ..image });

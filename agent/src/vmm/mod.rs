@@ -29,6 +29,7 @@ use crate::sys::cgroup::Group;
 use firecracker::{Firecracker, Programs};
 use probe::KvmUnusable;
 use qemu::Qemu;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::fs::{self, File};
 use std::os::fd::BorrowedFd;
@@ -44,6 +45,29 @@ const MAX_MEMORY_MB: u32 = 1 << 20;
 const MAX_COMMAND_LINE_BYTES: usize = 1_900;
 const MAX_NAME_BYTES: usize = 64;
 const READABLE_FOR_ALL: u32 = 0o004;
+
+/// The kinds of monitors.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// QEMU.
+    #[default]
+    Qemu,
+    /// Firecracker.
+    Firecracker,
+}
+
+impl Kind {
+    /// Of what [`Vmm::describe`] says.
+    pub fn of(description: &str) -> Kind {
+        if description.starts_with("firecracker ") { Kind::Firecracker } else { Kind::Qemu }
+    }
+
+    /// Whether it answers the guest at the metadata service's address itself.
+    pub fn serves_metadata(self) -> bool {
+        self == Kind::Firecracker
+    }
+}
 
 /// The virtual machine monitor that this host starts machines with.
 #[derive(Debug)]
@@ -123,9 +147,12 @@ impl Vmm {
         }
     }
 
-    /// Whether it answers the guest at the metadata service's address itself.
-    pub fn serves_metadata(&self) -> bool {
-        matches!(self, Vmm::Firecracker(_))
+    /// Which it is.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Vmm::Qemu(_) => Kind::Qemu,
+            Vmm::Firecracker(_) => Kind::Firecracker,
+        }
     }
 
     /// Whether machines that go on from one memory share its file as it lies on disk.
@@ -199,7 +226,7 @@ pub struct MachineSpec {
     pub disks: Vec<DiskImage>,
     /// The guest's Ethernet address.
     pub guest_mac: MacAddress,
-    /// What the metadata service tells the guest, where the VMM [serves](Vmm::serves_metadata) it.
+    /// What the metadata service tells the guest, where the VMM [serves](Kind::serves_metadata) it.
     pub metadata: Value,
     /// The user that the VMM runs as, this capsule's alone.
     pub uid: u32,

@@ -7,6 +7,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use wire::auth::{ITERATIONS, NONCE_LEN, Verifier};
 use wire::codec::Bytes;
@@ -91,7 +92,7 @@ impl Place {
             let paths = [format!("/run/netns/ns-{slot}"), format!("/sys/class/net/wrenn-{slot}")];
             found.extend(paths.into_iter().filter(|p| Path::new(p).exists()));
         }
-        found.extend(self.machines().into_iter().map(|pid| format!("QEMU process {pid}")));
+        found.extend(self.machines().into_iter().map(|pid| format!("VMM process {pid}")));
         found
     }
 
@@ -136,6 +137,14 @@ pub fn place_file(from: &Path, to: &Path) {
     }
 }
 
+/// The VMM of the agents that are started from now on; what their environment says when there is none.
+static VMM: Mutex<Option<(&str, PathBuf)>> = Mutex::new(None);
+
+/// Agents that are started from now on use this VMM; `program` is where Firecracker is, if that is it.
+pub fn use_vmm(vmm: &'static str, program: &Path) {
+    *VMM.lock().expect("nobody failed with it") = Some((vmm, program.to_owned()));
+}
+
 /// A running agent; killed when dropped.
 pub struct Agent {
     pub child: Child,
@@ -150,6 +159,9 @@ impl Agent {
         let slots = place.slots();
         command.env("WRENN_SLOTS", format!("{}-{}", slots.start, slots.end - 1));
         command.env_remove("WRENN_CP_URL").stdin(Stdio::null());
+        if let Some((vmm, firecracker)) = &*VMM.lock().expect("nobody failed with it") {
+            command.env("WRENN_VMM", vmm).env("WRENN_FIRECRACKER_BIN", firecracker);
+        }
         if std::env::var_os("LOG_LEVEL").is_none() {
             command.env("LOG_LEVEL", "warn");
         }

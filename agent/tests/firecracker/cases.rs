@@ -12,8 +12,9 @@ use wrenn_agent::disk::{Backend, DiskImage, Format};
 use wrenn_agent::net::{CapsuleNetwork, Policy, Tap};
 use wrenn_agent::sys::pidfd::Exit;
 use wrenn_agent::vmm::firecracker::{Firecracker, Programs};
+use wrenn_agent::vmm::image::clean;
 use wrenn_agent::vmm::probe::KvmAccess;
-use wrenn_agent::vmm::{Image, Machine, MachineSpec, VmmError, Wanted, image};
+use wrenn_agent::vmm::{Image, Kind, Machine, MachineSpec, VmmError, Wanted};
 
 pub const CASES: &[(&str, fn())] = &[
     ("the double takes nothing out of order or shape", the_double_takes_nothing_out_of_order_or_shape),
@@ -101,6 +102,7 @@ impl Capsule {
             gid: self.uid(),
             directory: self.directory.0.clone(),
             restore: None,
+            group: None,
         }
     }
 
@@ -135,6 +137,10 @@ impl Capsule {
     fn remove(self) {
         self.network.destroy().expect("the network goes");
     }
+}
+
+fn image_of(memory: u64, delta: Option<u64>, state: u64) -> Image {
+    Image { memory, delta, state, packed: false, vmm: Kind::Firecracker }
 }
 
 fn end(mut machine: Machine) {
@@ -279,7 +285,7 @@ fn a_second_pause_writes_what_has_changed() {
     let spec = capsule.spec();
     let mut machine = capsule.start(&firecracker, &spec).expect("started");
     let (first, written) = machine.save(&directory, 1, None, uid).expect("saved");
-    assert_eq!(first, Image { memory: 1, delta: None, state: 1 });
+    assert_eq!(first, image_of(1, None, 1));
     assert!(!written.is_delta && written.memory_bytes == u64::from(MEMORY_MB) << 20);
     end(machine);
     assert_eq!(pages(&capsule.path("memory-1"), 3), [1, 0, 0]);
@@ -288,11 +294,11 @@ fn a_second_pause_writes_what_has_changed() {
     let mut machine = capsule.resume(&firecracker, first, uid);
     assert!(!capsule.jail().join("memory").exists(), "no second name holds its space");
     let (second, written) = machine.save(&directory, 2, Some(1), uid).expect("saved");
-    assert_eq!(second, Image { memory: 1, delta: Some(2), state: 2 });
+    assert_eq!(second, image_of(1, Some(2), 2));
     assert!(written.is_delta && (PAGE..=16 * PAGE).contains(&written.memory_bytes), "{written:?}");
     end(machine);
     let merged = second.merge(&directory).expect("merged");
-    image::clean(&directory, Some(&merged), None);
+    clean(&directory, Some(&merged), None);
     assert_eq!(pages(&capsule.path("memory-1"), 3), [1, 2, 0]);
 
     let mut machine = capsule.resume(&firecracker, merged, uid);
@@ -300,7 +306,7 @@ fn a_second_pause_writes_what_has_changed() {
     machine.save(&directory, 3, Some(1), uid).expect("saved");
     machine.go_on().expect("went on");
     let (fourth, written) = machine.save(&directory, 4, Some(1), uid).expect("saved");
-    assert_eq!((fourth, written.is_delta), (Image { memory: 4, delta: None, state: 4 }, false));
+    assert_eq!((fourth, written.is_delta), (image_of(4, None, 4), false));
     assert_eq!(pages(&capsule.path("memory-4"), 5), [1, 2, 3, 4, 0]);
     end(machine);
     capsule.remove();
@@ -323,7 +329,7 @@ fn what_was_told_once_is_not_missed_later() {
     machine.save(&named.0, 0, None, 0).expect("saved");
     machine.go_on().expect("went on");
     let (image, written) = machine.save(&directory, 2, Some(1), uid).expect("saved");
-    assert_eq!((image, written.is_delta), (Image { memory: 2, delta: None, state: 2 }, false));
+    assert_eq!((image, written.is_delta), (image_of(2, None, 2), false));
     assert_eq!(pages(&capsule.path("memory-2"), 4), [1, 2, 3, 0]);
     end(machine);
     capsule.remove();
@@ -421,7 +427,7 @@ fn what_fails_leaves_nothing() {
     let broken = |capsule: &Capsule, spec: MachineSpec| {
         fs::write(capsule.path("memory-1"), vec![0; 1 << 20]).expect("written");
         fs::write(capsule.path("state-1"), "nonsense").expect("written");
-        let restore = Image { memory: 1, delta: None, state: 1 }.open(&capsule.directory.0).expect("opened");
+        let restore = image_of(1, None, 1).open(&capsule.directory.0).expect("opened");
         for file in ["memory-1", "state-1"] {
             std::os::unix::fs::chown(capsule.path(file), Some(spec.uid), Some(spec.gid)).expect("given");
         }

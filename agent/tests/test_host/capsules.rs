@@ -1,8 +1,9 @@
 //! Capsules as a real host runs them: guests in KVM, disks by device-mapper, through the agent as a program.
 
 use crate::Case;
-use crate::common::{Agent, Client, Place, creation};
+use crate::common::{Agent, Client, Place, creation, use_vmm};
 use crate::disks::device_names;
+use crate::lifecycle;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
@@ -15,17 +16,37 @@ use wrenn_agent::sys::dm::Control;
 
 pub const CASES: &[Case] = &[
     ("a capsule runs on when its agent is killed", |_| {
-        a_capsule_runs_on_when_its_agent_is_killed("qemu", 20)
+        in_qemu(|| a_capsule_runs_on_when_its_agent_is_killed("qemu", 20))
     }),
-    ("a paused capsule survives a reboot", |_| a_paused_capsule_survives_a_reboot("qemu", 22)),
-    ("the same in Firecracker", |_| in_firecracker(a_capsule_runs_on_when_its_agent_is_killed, 24)),
-    ("a paused capsule in Firecracker", |_| in_firecracker(a_paused_capsule_survives_a_reboot, 26)),
+    ("a paused capsule survives a reboot", |_| in_qemu(|| a_paused_capsule_survives_a_reboot(22))),
+    ("firecracker: killed", |_| {
+        in_firecracker(|| a_capsule_runs_on_when_its_agent_is_killed("firecracker", 24))
+    }),
+    ("firecracker: reboot", |_| in_firecracker(|| a_paused_capsule_survives_a_reboot(26))),
+    ("firecracker: jail", |_| in_firecracker(firecracker_is_shut_in)),
+    ("firecracker: pauses", |_| in_firecracker(lifecycle::a_paused_capsule_goes_on_where_it_was)),
+    ("firecracker: agents", |_| in_firecracker(lifecycle::a_paused_capsule_survives_its_agent)),
+    ("firecracker: failures", |_| in_firecracker(lifecycle::what_fails_leaves_a_capsule_as_it_was)),
+    ("firecracker: idling", |_| in_firecracker(lifecycle::an_idle_capsule_is_paused_unless_somebody_pings)),
+    ("firecracker: snapshots", |_| {
+        in_firecracker(lifecycle::capsules_start_from_a_snapshot_where_it_was_and_are_apart);
+    }),
 ];
+const FIRECRACKER: &str = "/testhost/firecracker";
+
+fn in_qemu(case: fn()) {
+    use_vmm("qemu", Path::new(FIRECRACKER));
+    case();
+}
 
 /// Runs a case in Firecracker, where the test host got one.
-fn in_firecracker(case: fn(&str, u32), number: u32) {
-    match Path::new("/testhost/firecracker").exists() {
-        true => case("firecracker", number),
+fn in_firecracker(case: fn()) {
+    match Path::new(FIRECRACKER).exists() {
+        true if guest().is_some() => {
+            use_vmm("firecracker", Path::new(FIRECRACKER));
+            case();
+        }
+        true => {}
         false => println!(
             "  SKIPPED: no Firecracker was given: none on PATH, and WRENN_FIRECRACKER_BIN names none; what is \
              left are the tests with the double"
@@ -33,14 +54,38 @@ fn in_firecracker(case: fn(&str, u32), number: u32) {
     }
 }
 
-/// An agent whose capsules run in this VMM.
-fn agent_with(place: &Place, vmm: &str) -> Agent {
-    Agent::start_with(place, |command| {
-        command.env("WRENN_VMM", vmm);
-        if vmm == "firecracker" {
-            command.env("WRENN_FIRECRACKER_BIN", "/testhost/firecracker");
-        }
-    })
+/// What a guest that has taken its VMM over would find.
+fn firecracker_is_shut_in() {
+    let Some(guest) = guest() else { return };
+    let place = Place::with_guest(28, &guest);
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let _: CapsuleInfo = cp.ask(&slow("cl-jail")).expect("created");
+    let machines = place.machines();
+    let [pid] = machines[..] else { panic!("one VMM, not {machines:?}") };
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
+    for line in ["CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2", "Groups:\t"] {
+        assert!(status.lines().any(|l| l.trim_end() == line.trim_end()), "{line} in {status}");
+    }
+    let mut found: Vec<String> = fs::read_dir(format!("/proc/{pid}/root/"))
+        .expect("its root")
+        .flatten()
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .collect();
+    found.sort();
+    println!("  its root: {found:?}");
+    assert!(!found.iter().any(|name| ["proc", "etc", "testhost", "kernel"].contains(&name.as_str())));
+    assert!(found.contains(&"disk0".to_owned()));
+    let inside = |kind: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).expect("a namespace");
+    for kind in ["net", "mnt"] {
+        assert_ne!(inside(kind), fs::read_link(format!("/proc/self/ns/{kind}")).expect("a namespace"));
+    }
+    // The metadata service is Firecracker's, and wants a token.
+    let ask = "curl -s -o /dev/null -w %{http_code} http://169.254.169.254/";
+    assert_eq!(cp.exec("cl-jail", &["/bin/sh", "-c", ask]).expect("ran").stdout, b"401");
+    cp.destroy("cl-jail").expect("destroyed");
+    assert_eq!((place.remains(), device_names()), (Vec::new(), Vec::new()));
+    assert!(agent.terminate().success());
 }
 
 /// Where the test host has what was put there for it; `None` when it got no guest.
@@ -68,7 +113,7 @@ fn slow(id: &str) -> CapsuleCreate {
 fn a_capsule_runs_on_when_its_agent_is_killed(vmm: &str, number: u32) {
     let Some(guest) = guest() else { return };
     let place = Place::with_guest(number, &guest);
-    let mut agent = agent_with(&place, vmm);
+    let mut agent = Agent::start(&place);
     let mut cp = agent.client();
     let status: HostStatusReply = cp.ask(&HostStatus {}).expect("status");
     assert!(status.vmm.starts_with(vmm) && status.vmm.ends_with("kvm"), "{}", status.vmm);
@@ -97,7 +142,7 @@ fn a_capsule_runs_on_when_its_agent_is_killed(vmm: &str, number: u32) {
     assert_eq!(device_names(), ["wrenn-cl-one"]);
     assert!(group.exists());
     // The next agent goes on with it: the same machine, and what its guest had not written out.
-    let agent = agent_with(&place, vmm);
+    let agent = Agent::start(&place);
     let mut cp = agent.client();
     assert_eq!(place.machines().first().map(u32::to_string).as_ref(), Some(&machine));
     let ran = cp.exec_when_reached("cl-one", &["cmp", "-n", "8000000", "/tmp/data", "/dev/zero"]);
@@ -125,10 +170,10 @@ fn start_from_a_snapshot(cp: &mut Client) {
     cp.destroy("cl-copy").expect("destroyed");
 }
 
-fn a_paused_capsule_survives_a_reboot(vmm: &str, number: u32) {
+fn a_paused_capsule_survives_a_reboot(number: u32) {
     let Some(guest) = guest() else { return };
     let place = Place::with_guest(number, &guest);
-    let agent = agent_with(&place, vmm);
+    let agent = Agent::start(&place);
     let mut cp = agent.client();
     let _: CapsuleInfo = cp.ask(&slow("cl-kept")).expect("created");
     let script = "echo in memory >/dev/shm/file; echo on disk >/tmp/file";
@@ -142,7 +187,7 @@ fn a_paused_capsule_survives_a_reboot(vmm: &str, number: u32) {
     assert_eq!(device_names(), ["wrenn-cl-kept"]);
     // What a reboot takes away.
     Control::open().and_then(|control| control.remove("wrenn-cl-kept")).expect("removed");
-    let agent = agent_with(&place, vmm);
+    let agent = Agent::start(&place);
     let mut cp = agent.client();
     let began = Instant::now();
     let resume = CapsuleResume { capsule_id: "cl-kept".into(), deadline_ms: 60_000 };

@@ -8,6 +8,8 @@ mod common;
 mod disks;
 mod groups;
 mod host;
+#[path = "../common/lifecycle.rs"]
+mod lifecycle;
 
 use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};

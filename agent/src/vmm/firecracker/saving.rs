@@ -7,9 +7,9 @@
 use super::Instance;
 use super::requests::{self, NEW_MEMORY, NEW_STATE};
 use crate::sys::{reflink, sparse};
-use crate::vmm::VmmError;
 use crate::vmm::image::{self, CHUNK, COMMAND_TIMEOUT_MS, Image, Written, name};
 use crate::vmm::machine::{Place, system};
+use crate::vmm::{Kind, VmmError};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -29,20 +29,21 @@ impl Instance {
         self.knows_changes = false;
         self.api.call(&requests::set_running(false), COMMAND_TIMEOUT_MS)?;
         self.clear_saved()?;
+        let image =
+            |memory| Image { memory, delta: None, state: generation, packed: false, vmm: Kind::Firecracker };
         let saved = self.api.call(&requests::save(base.is_some()), SAVE_TIMEOUT_MS).and_then(|()| {
             self.put(NEW_STATE, &directory.join(name("state", generation)), owner)?;
             match base {
                 Some(memory) => {
                     let changes = self.jail.open_written(NEW_MEMORY)?;
                     let memory_bytes = write_delta(&changes, &directory.join(name("delta", generation)))?;
-                    let image = Image { memory, delta: Some(generation), state: generation, packed: false };
+                    let image = Image { delta: Some(generation), ..image(memory) };
                     Ok((image, Written { memory_bytes, is_delta: true }))
                 }
                 None => {
                     let memory_bytes =
                         self.put(NEW_MEMORY, &directory.join(name("memory", generation)), owner)?;
-                    let image = Image { memory: generation, delta: None, state: generation, packed: false };
-                    Ok((image, Written { memory_bytes, is_delta: false }))
+                    Ok((image(generation), Written { memory_bytes, is_delta: false }))
                 }
             }
         });
@@ -81,7 +82,7 @@ fn copy(from: &File, to: &File) -> io::Result<u64> {
         Err(e) if !reflink::unsupported(&e) => return Err(e),
         Err(_) => {
             to.set_len(length)?;
-            sparse::copy_data(from, to)?;
+            sparse::copy_used(from, to)?;
         }
         Ok(()) => {}
     }

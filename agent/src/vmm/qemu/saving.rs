@@ -5,9 +5,9 @@
 
 use super::Monitor;
 use super::memory::Mapping;
-use crate::vmm::VmmError;
 use crate::vmm::image::{COMMAND_TIMEOUT_MS, Image, Written, name};
 use crate::vmm::machine::{Place, system};
+use crate::vmm::{Kind, VmmError};
 use serde_json::json;
 use std::fs::OpenOptions;
 use std::os::fd::AsFd;
@@ -33,12 +33,19 @@ pub fn save(monitor: &mut Monitor, pid: u32, place: &Place<'_>) -> Result<(Image
         // The base is this capsule's own, so that it may be brought up to date.
         Some((base, file)) if mapping.is_of(&file) => {
             let memory_bytes = mapping.write_delta(pid, &directory.join(name("delta", generation)))?;
-            let image = Image { memory: base, delta: Some(generation), state: generation, packed: false };
+            let image = Image {
+                memory: base,
+                delta: Some(generation),
+                state: generation,
+                packed: false,
+                vmm: Kind::Qemu,
+            };
             Ok((image, Written { memory_bytes, is_delta: true }))
         }
         _ => {
             let memory_bytes = mapping.write_all(pid, &directory.join(name("memory", generation)), owner)?;
-            let image = Image { memory: generation, delta: None, state: generation, packed: false };
+            let image =
+                Image { memory: generation, delta: None, state: generation, packed: false, vmm: Kind::Qemu };
             Ok((image, Written { memory_bytes, is_delta: false }))
         }
     }
