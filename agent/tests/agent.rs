@@ -370,6 +370,48 @@ fn an_agent_that_is_killed_leaves_nothing_after_its_next_start() {
 }
 
 #[test]
+fn a_host_that_has_no_room_says_what_is_short_and_has_room_again() {
+    let place = Place::new(14);
+    with_files(&place, &spinning_kernel());
+    let agent = Agent::start_with(&place, |command| {
+        command.env("WRENN_VCPU_OVERCOMMIT", "1").env("WRENN_DISK_OVERCOMMIT", "1");
+    });
+    let mut cp = agent.client();
+    let before: HostStatusReply = cp.ask(&HostStatus {}).expect("status");
+    let cores = before.cpu_cores;
+    // More than it could ever have is the request's fault.
+    let request = CapsuleCreate { vcpus: cores + 1, ..creation("cl-never") };
+    let error = cp.ask::<_, CapsuleInfo>(&request).expect_err("too large");
+    let expected =
+        format!("{} virtual CPUs are needed, but this host has only {cores} for capsules", cores + 1);
+    assert!(error.code() == Code::InvalidRequest && error.text.starts_with(&expected), "{error}");
+    let disk_size_mb = u32::try_from(before.disk_free_mb + 2_000).expect("a small disk");
+    let request = CapsuleCreate { disk_size_mb, ..creation("cl-wide") };
+    let error = cp.ask::<_, CapsuleInfo>(&request).expect_err("no such space");
+    // For now, or for ever where nothing else is on that file system.
+    assert!(matches!(error.code(), Code::ResourceExhausted | Code::InvalidRequest), "{error}");
+    assert!(error.text.contains("MiB of disk space are needed"), "{error}");
+    assert!(error.text.contains("ask for less disk_size_mb"), "{error}");
+    // All of its processors; it stays in its start.
+    let request = CapsuleCreate { vcpus: cores, disk_size_mb: 100, ..creation("cl-first") };
+    let stream = cp.session.open(&request, true).expect("opened");
+    let during: HostStatusReply = cp.ask(&HostStatus {}).expect("status");
+    assert_eq!(during.vcpus_reserved, cores);
+    assert!(during.memory_reserved_mb >= before.memory_reserved_mb + 256, "{before:?} {during:?}");
+    assert!(during.disk_free_mb + 300 <= before.disk_free_mb, "{before:?} {during:?}");
+    let error = cp.ask::<_, CapsuleInfo>(&creation("cl-second")).expect_err("full");
+    assert_eq!(error.code(), Code::ResourceExhausted, "{error}");
+    let expected = "1 virtual CPUs are needed, but this host has only 0 left; destroy or pause a capsule";
+    assert!(error.text.starts_with(expected), "{error}");
+    cp.session.reset(stream, Code::Cancelled, "changed my mind");
+    cp.ask::<_, HealthReply>(&Health {}).expect("health");
+    assert_nothing_left(&place);
+    let after: HostStatusReply = cp.ask(&HostStatus {}).expect("status");
+    assert_eq!(after.vcpus_reserved, 0);
+    assert!(agent.terminate().success());
+}
+
+#[test]
 fn a_termination_signal_ends_capsules_in_any_state() {
     let place = Place::new(7);
     with_files(&place, &spinning_kernel());

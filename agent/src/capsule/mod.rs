@@ -196,7 +196,12 @@ impl Capsule {
             group: None,
             kept: Kept::new(&spec, &secret),
         };
-        Capsule::with(key, spec, directory, slot, now_ms, record, secret)
+        // What it was promised, until its disk is made and tells.
+        let disk_bytes = spec.disk_bytes.or_else(|| spec.image.metadata().ok().map(|m| m.len()));
+        let disk_mb = disk_bytes.unwrap_or(0).div_ceil(MIB);
+        let mut capsule = Capsule::with(key, spec, directory, slot, now_ms, record, secret);
+        capsule.disk_mb = u32::try_from(disk_mb).unwrap_or(u32::MAX);
+        capsule
     }
 
     /// A capsule that an earlier agent has left paused.
