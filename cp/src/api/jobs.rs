@@ -77,7 +77,10 @@ impl Visit {
             let ids: Vec<String> = reported.iter().map(|info| info.capsule_id.clone()).collect();
             let doomed = db.transaction(|sql| {
                 if let Some(status) = &status {
-                    hosts::set_templates(sql, &self.id, &status.templates)?;
+                    let memory_left_mb = status.memory_mb.saturating_sub(status.memory_reserved_mb);
+                    let left =
+                        (i64::from(memory_left_mb), i64::try_from(status.disk_free_mb).unwrap_or(i64::MAX));
+                    hosts::set_report(sql, &self.id, &status.templates, left)?;
                 }
                 let records = capsules::records(sql, &self.id, &ids)?;
                 let mut doomed = Vec::new();

@@ -254,7 +254,8 @@ pub fn remove_tag(sql: &mut dyn Sql, id: &str, tag: &str) -> Result<bool, DbErro
 macro_rules! candidates {
     ($where:literal) => {
         concat!(
-            "select h.id, h.address, h.team_id, h.memory_mb, h.cpu_cores, h.templates, ",
+            "select h.id, h.address, h.team_id, h.memory_mb, h.cpu_cores, h.templates,
+                 h.memory_left_mb, h.disk_left_mb, ",
             is_fresh!("h"),
             " as is_live,
                  coalesce(sum(c.memory_mb), 0)::bigint as memory_used_mb,
@@ -273,6 +274,9 @@ macro_rules! candidates {
 fn candidate(row: &Row) -> Result<Candidate, DbError> {
     let count = |name| Ok::<u64, DbError>(u64::try_from(column::<i64>(row, name)?).unwrap_or(0));
     let number = |name| Ok::<u64, DbError>(u64::try_from(column::<i32>(row, name)?).unwrap_or(0));
+    let left = |name| {
+        Ok::<Option<u64>, DbError>(column::<Option<i64>>(row, name)?.and_then(|mb| u64::try_from(mb).ok()))
+    };
     Ok(Candidate {
         id: column(row, "id")?,
         address: column(row, "address")?,
@@ -284,6 +288,7 @@ fn candidate(row: &Row) -> Result<Candidate, DbError> {
         vcpus_used: count("vcpus_used")?,
         capsules: count("capsules")?,
         templates: column(row, "templates")?,
+        told_left_mb: left("memory_left_mb")?.zip(left("disk_left_mb")?),
     })
 }
 
@@ -331,11 +336,20 @@ pub fn claim_for_reconciling(sql: &mut dyn Sql, every_sec: f64) -> Result<Option
     row.map(|row| Ok((column(&row, "id")?, column(&row, "address")?))).transpose()
 }
 
-/// Notes which base templates a host has.
+/// Notes which base templates a host has, and how much it has left for a further capsule.
 ///
 /// # Errors
 /// What the database says.
-pub fn set_templates(sql: &mut dyn Sql, id: &str, templates: &[String]) -> Result<(), DbError> {
-    sql.execute("update hosts set templates = $2 where id = $1 and templates <> $2", &[&id, &templates])?;
+pub fn set_report(
+    sql: &mut dyn Sql,
+    id: &str,
+    templates: &[String],
+    (memory_left_mb, disk_left_mb): (i64, i64),
+) -> Result<(), DbError> {
+    sql.execute(
+        "update hosts set templates = $2, memory_left_mb = $3, disk_left_mb = $4
+         where id = $1 and (templates, memory_left_mb, disk_left_mb) is distinct from ($2, $3, $4)",
+        &[&id, &templates, &memory_left_mb, &disk_left_mb],
+    )?;
     Ok(())
 }

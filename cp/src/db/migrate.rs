@@ -42,6 +42,7 @@ migrations! {
     5 "network" "0005_network.sql",
     6 "snapshots" "0006_snapshots.sql",
     7 "api keys by prefix" "0007_api_keys_by_prefix.sql",
+    8 "room of hosts" "0008_host_room.sql",
 }
 
 /// Why the database was not migrated.

@@ -4,6 +4,7 @@
 //!   what the host has without its own reserve.
 //! - A core is promised at most [`VCPUS_PER_CORE`] times: capsules are idle most of the time.
 //! - A host that a team brought takes that team's capsules only, and gets them first.
+//! - A host that said it is full is asked last: it may have room by now, and says so when it has not.
 //! - Among the rest, a host that is known to have the template comes first, then the one with most
 //!   memory left: capsules spread, so that a lost host takes few along.
 
@@ -42,9 +43,17 @@ pub struct Candidate {
     pub capsules: u64,
     /// Base templates that it said it has; a fresh one may not be listed yet.
     pub templates: Vec<String>,
+    /// Memory and disk space that it said it has left for a further capsule, in MiB, if it did. That was a
+    /// while ago, and counts only for the order.
+    pub told_left_mb: Option<(u64, u64)>,
 }
 
 impl Candidate {
+    /// Whether, by its own word, it would decline the capsule.
+    fn seems_full(&self, wanted: &Wanted) -> bool {
+        self.told_left_mb.is_some_and(|(memory_mb, disk_mb)| memory_mb < wanted.memory_mb || disk_mb == 0)
+    }
+
     /// Memory that capsules may have in all, in MiB, their overhead included.
     pub fn usable_memory_mb(&self) -> u64 {
         self.memory_mb.saturating_sub(MIN_RESERVE_MB.max(self.memory_mb / RESERVE_DIVISOR))
@@ -147,7 +156,8 @@ pub fn rank(candidates: &[Candidate], wanted: &Wanted) -> Result<Vec<usize>, Ref
     fitting.sort_by_key(|index| {
         let c = &candidates[*index];
         let has_template = c.templates.contains(&wanted.template);
-        (Reverse(c.is_own), Reverse(has_template), Reverse(c.free_memory_mb()), *index)
+        let left = Reverse(c.free_memory_mb());
+        (c.seems_full(wanted), Reverse(c.is_own), Reverse(has_template), left, *index)
     });
     Ok(fitting)
 }
@@ -187,6 +197,15 @@ mod tests {
         hosts[0].templates.clear();
         hosts[2].is_own = true;
         assert_eq!(rank(&hosts, &wanted(512, 1)), Ok(vec![2, 1, 0]));
+    }
+
+    #[test]
+    fn a_host_that_said_it_is_full_is_last() {
+        let mut hosts = [host("a", 65_536), host("b", 65_536), host("c", 4096), host("d", 2048)];
+        hosts[0].told_left_mb = Some((511, 1_000));
+        hosts[1].told_left_mb = Some((60_000, 0));
+        hosts[2].told_left_mb = Some((512, 1));
+        assert_eq!(rank(&hosts, &wanted(512, 1)), Ok(vec![2, 3, 0, 1]));
     }
 
     #[test]
