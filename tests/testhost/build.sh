@@ -24,7 +24,7 @@ readonly MODULES=(virtio_pci virtio_blk virtio_net virtio_console virtio-rng
 # What `init` needs before there is a root.
 readonly BOOT_PROGRAMS=(bash chroot insmod mount sleep)
 # What the tests and the agent run.
-readonly PROGRAMS=(bash cat chgrp chmod fallocate ip mkdir mkfs.ext4 mount nft qemu-system-x86_64 sync umount)
+readonly PROGRAMS=(bash cat chgrp chmod fallocate ip mkdir mkfs.ext4 mount nft qemu-system-x86_64 sync umount zstd)
 # Firmware and the like; QEMU looks for it relative to where it lies itself.
 readonly QEMU_FILES=(/usr/share/seabios/bios-256k.bin /usr/share/qemu/{qboot.rom,kvmvapic.bin,linuxboot_dma.bin,pvh.bin})
 readonly ROOT_BYTES=$((256 * 1048576))

@@ -7,6 +7,8 @@ use std::os::unix::fs::FileExt;
 
 /// How much is copied at a time.
 const COPY_BYTES: usize = 1 << 20;
+/// The least that is worth a hole of its own in a file that has none.
+const HOLE_BYTES: usize = 64 * 1024;
 /// What is a hole or none as a whole.
 const BLOCK_BYTES: usize = 4096;
 
@@ -65,6 +67,40 @@ pub fn copy_used(from: &File, to: &File) -> io::Result<u64> {
     Ok(total)
 }
 
+/// Gives back the space of stretches of a file, open for writing, that hold nothing but zeros. Where the file
+/// system has no holes, nothing changes. Blocks for as long as reading it takes.
+pub fn dig_holes(file: &File) -> io::Result<()> {
+    let mut buffer = vec![0; COPY_BYTES];
+    let mut at = 0;
+    while let Some((begin, end)) = next_data(file, at)? {
+        at = begin;
+        while at < end {
+            let wanted = usize::try_from(end - at).unwrap_or(COPY_BYTES).min(COPY_BYTES);
+            file.read_exact_at(&mut buffer[..wanted], at)?;
+            for (index, stretch) in (0u64..).zip(buffer[..wanted].chunks(HOLE_BYTES)) {
+                if is_zero(stretch) && !punch(file, at + index * HOLE_BYTES as u64, stretch.len())? {
+                    return Ok(());
+                }
+            }
+            at += wanted as u64;
+        }
+    }
+    Ok(())
+}
+
+/// Whether that could be done.
+fn punch(file: &File, at: u64, length: usize) -> io::Result<bool> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    let (Ok(at), Ok(length)) = (libc::off_t::try_from(at), libc::off_t::try_from(length)) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    // SAFETY: fallocate takes its arguments by value.
+    match super::check(unsafe { libc::fallocate(file.as_raw_fd(), mode, at, length) }) {
+        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(false),
+        other => other.map(|_| true),
+    }
+}
+
 fn is_zero(block: &[u8]) -> bool {
     block.iter().all(|byte| *byte == 0)
 }
@@ -112,5 +148,12 @@ mod tests {
             bytes
         };
         assert!(all(&file) == all(&used));
+        let full = File::options().read(true).write(true).create_new(true).open(&path).expect("created");
+        std::fs::remove_file(&path).expect("removed");
+        full.write_all_at(&all(&file), 0).expect("written");
+        let blocks = |file: &File| std::os::unix::fs::MetadataExt::blocks(&file.metadata().expect("there"));
+        let before = blocks(&full);
+        dig_holes(&full).expect("dug");
+        assert!(all(&full) == all(&file) && blocks(&full) <= before);
     }
 }

@@ -41,8 +41,9 @@ impl Instance {
                     Ok((image, Written { memory_bytes, is_delta: true }))
                 }
                 None => {
-                    let memory_bytes =
-                        self.put(NEW_MEMORY, &directory.join(name("memory", generation)), owner)?;
+                    let to = directory.join(name("memory", generation));
+                    let memory_bytes = self.put(NEW_MEMORY, &to, owner)?;
+                    dig_holes(&to, owner)?;
                     Ok((image(generation), Written { memory_bytes, is_delta: false }))
                 }
             }
@@ -74,6 +75,15 @@ impl Instance {
         });
         made.map_err(system("writing", to))
     }
+}
+
+/// Firecracker writes all of a memory. What the guest has never used needs no space.
+fn dig_holes(path: &Path, owner: u32) -> Result<(), VmmError> {
+    if owner == ROOT {
+        return Ok(());
+    }
+    let file = OpenOptions::new().read(true).write(true).open(path).map_err(system("opening", path))?;
+    sparse::dig_holes(&file).map_err(system("making holes in", path))
 }
 
 fn copy(from: &File, to: &File) -> io::Result<u64> {
