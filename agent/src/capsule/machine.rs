@@ -171,12 +171,12 @@ impl Capsule {
         self.shutdown_reason = None;
         self.stalled = false;
         let fds = [
-            (Some(machine.exit_fd()), Source::Exit),
+            (machine.exit_fd(), Source::Exit),
             (machine.monitor_fd(), Source::Monitor),
-            (Some(machine.console_fd()), Source::Console),
+            (machine.console_fd(), Source::Console),
         ];
         self.machine = Some(machine);
-        for (fd, source) in fds.into_iter().filter_map(|(fd, source)| Some((fd?, source))) {
+        for (fd, source) in fds {
             if let Err(e) = self.watch_machine(ctx, fd, source) {
                 // Without the exit's descriptor its end would never be seen: it has to go.
                 log::error!("capsule {}: watching {source:?}: {e}", self.spec.id);
@@ -264,8 +264,12 @@ impl Capsule {
         while let Some(event) = self.machine.as_mut().and_then(Machine::poll_event) {
             log::trace!("capsule {}: {event:?}", self.spec.id);
             self.note_standing(&event);
-            if let vmm::Event::GuestShutdown { reason } = event {
-                self.shutdown_reason = Some(reason);
+            match event {
+                vmm::Event::GuestShutdown { reason } => self.shutdown_reason = Some(reason),
+                vmm::Event::Fault { what, count } => {
+                    log::warn!("capsule {}: its VMM counts {count} {what}", self.spec.id);
+                }
+                _ => {}
             }
         }
         console == Pump::More || monitor == Pump::More

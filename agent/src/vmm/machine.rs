@@ -38,6 +38,13 @@ pub enum Event {
         /// What it returned, or why it failed.
         result: Result<Value, CommandError>,
     },
+    /// Something went wrong in the VMM, which goes on.
+    Fault {
+        /// What, as the VMM calls it: `block_disk0.execute_fails`.
+        what: String,
+        /// How often of late.
+        count: u64,
+    },
     /// Something else.
     Other {
         /// Its name.
@@ -232,12 +239,11 @@ impl Machine {
         Ok(saved)
     }
 
-    /// The control socket's descriptor, to wait on for reading and writing; `None` where the VMM says
-    /// nothing unasked.
-    pub fn monitor_fd(&self) -> Option<RawFd> {
+    /// The descriptor on which the VMM tells what happens, to wait on for reading and writing.
+    pub fn monitor_fd(&self) -> RawFd {
         match &self.control {
-            Control::Qemu(monitor) => Some(monitor.fd()),
-            Control::Firecracker(_) => None,
+            Control::Qemu(monitor) => monitor.fd(),
+            Control::Firecracker(instance) => instance.metrics_fd(),
         }
     }
 
@@ -247,7 +253,7 @@ impl Machine {
     pub fn pump_monitor(&mut self) -> Result<Pump, VmmError> {
         match &mut self.control {
             Control::Qemu(monitor) => monitor.pump(),
-            Control::Firecracker(_) => Ok(Pump::Drained),
+            Control::Firecracker(instance) => Ok(instance.pump_metrics()),
         }
     }
 
@@ -255,7 +261,7 @@ impl Machine {
     pub fn poll_event(&mut self) -> Option<Event> {
         match &mut self.control {
             Control::Qemu(monitor) => monitor.poll_event(),
-            Control::Firecracker(_) => None,
+            Control::Firecracker(instance) => instance.next_fault(),
         }
     }
 

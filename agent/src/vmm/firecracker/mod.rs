@@ -7,6 +7,7 @@
 //! - [`Version`]: which versions are used
 //! - `requests`: what is asked of its API, as data; `api`: asking
 //! - `jail`: its root
+//! - `metrics`: what went wrong in it
 //! - `saving`: what is kept of a machine that pauses
 //!
 //! A process namespace of its own would add nothing: there is no /proc in its root, its user has no other
@@ -15,15 +16,16 @@
 
 mod api;
 mod jail;
+mod metrics;
 mod requests;
 mod saving;
 mod version;
 
 pub use version::Version;
 
-use super::console::Console;
+use super::console::{Console, Pump};
 use super::image::COMMAND_TIMEOUT_MS;
-use super::machine::{Control, Machine, system};
+use super::machine::{Control, Event, Machine, system};
 use super::probe::KvmAccess;
 use super::{MachineSpec, Restore, VmmError, check, require_readable};
 use crate::disk::Format;
@@ -35,10 +37,12 @@ use crate::sys::pidfd::Process;
 use crate::sys::spawn::{Confinement, Identity, spawn};
 use api::{Api, SOCKET};
 use jail::Jail;
-use requests::{Boot, INITRAMFS, KERNEL, LOG, MEMORY, Request, STATE, disk_name};
+use metrics::{Finding, Lines};
+use requests::{Boot, INITRAMFS, KERNEL, LOG, MEMORY, METRICS, Request, STATE, disk_name};
+use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
-use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -53,6 +57,11 @@ const DIRECTORIES: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/bin"];
 const DIAGNOSTICS_BYTES: u64 = 16 * 1024;
 /// How much of a wrong program's output an error message quotes.
 const QUOTED_CHARS: usize = 200;
+/// How much of what it counts is read before others get their turn.
+const METRICS_PUMP_BYTES: usize = 64 * 1024;
+const METRICS_CHUNK_BYTES: usize = 8 * 1024;
+/// What went wrong and waits to be told, at most. The owner takes it after each read.
+const MAX_FINDINGS: usize = 64;
 /// How long jailer and Firecracker may take until the API answers.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 /// How often it is asked whether it does.
@@ -93,6 +102,10 @@ pub struct Instance {
     api: Api,
     jail: Jail,
     log: File,
+    metrics: File,
+    lines: Lines,
+    /// What went wrong and was not told yet.
+    findings: VecDeque<Finding>,
     /// Whether it can tell what has changed since the memory that it goes on from.
     knows_changes: bool,
 }
@@ -157,7 +170,7 @@ impl Firecracker {
         }
         let jail = Jail::make(&spec.directory, &self.program, &spec.name, spec.uid)?;
         furnish(&jail, spec)?;
-        let log = jail.make_pipe(LOG)?;
+        let pipes = (jail.make_pipe(LOG)?, jail.make_pipe(METRICS)?);
         tap.leave_to(spec.uid).map_err(system("giving away", Path::new("tap0")))?;
         let errors = Capture::new(c"firecracker output", DIAGNOSTICS_BYTES)
             .map_err(system("making the output of", &self.program))?;
@@ -183,7 +196,7 @@ impl Firecracker {
         };
         let api = Api::new(jail.open()?, process.pid());
         let knows_changes = spec.restore.as_ref().is_some_and(|restore| restore.is_own);
-        let instance = Instance { api, jail, log, knows_changes };
+        let instance = Instance { knows_changes, ..Instance::new(api, jail, pipes) };
         let mut machine =
             Machine::started(process, Control::Firecracker(Box::new(instance)), console, Some(errors));
         match configure(&mut machine, spec) {
@@ -231,12 +244,17 @@ impl Firecracker {
 }
 
 impl Instance {
+    fn new(api: Api, jail: Jail, (log, metrics): (File, File)) -> Instance {
+        let (lines, findings) = (Lines::default(), VecDeque::new());
+        Instance { api, jail, log, metrics, lines, findings, knows_changes: false }
+    }
+
     /// The Firecracker `pid` that an earlier agent has started in a capsule's directory, and its console;
     /// `None` when there is another VMM in it.
     pub(super) fn find(directory: &Path, pid: u32) -> Result<Option<(Control, Console)>, VmmError> {
         let Some(jail) = Jail::find(directory)? else { return Ok(None) };
-        let log = jail.open_pipe(LOG)?;
-        let instance = Instance { api: Api::new(jail.open()?, pid), jail, log, knows_changes: false };
+        let pipes = (jail.open_pipe(LOG)?, jail.open_pipe(METRICS)?);
+        let instance = Instance::new(Api::new(jail.open()?, pid), jail, pipes);
         Ok(Some((Control::Firecracker(Box::new(instance)), open_console(directory)?)))
     }
 
@@ -251,6 +269,34 @@ impl Instance {
         // Ends when the pipe is empty, with an error that is none.
         let _ = (&self.log).take(DIAGNOSTICS_BYTES).read_to_end(&mut bytes);
         String::from_utf8_lossy(&bytes).trim_end().to_owned()
+    }
+
+    /// The descriptor on which what it counts comes.
+    pub(super) fn metrics_fd(&self) -> RawFd {
+        self.metrics.as_raw_fd()
+    }
+
+    /// Reads what it has counted, up to a bound.
+    pub(super) fn pump_metrics(&mut self) -> Pump {
+        let mut chunk = [0; METRICS_CHUNK_BYTES];
+        for _ in 0..METRICS_PUMP_BYTES / METRICS_CHUNK_BYTES {
+            match (&self.metrics).read(&mut chunk) {
+                Ok(count) if count > 0 => {
+                    let findings = self.lines.receive(&chunk[..count]);
+                    let room = MAX_FINDINGS.saturating_sub(self.findings.len());
+                    self.findings.extend(findings.into_iter().take(room));
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                // There always is a writer, so nothing is no end.
+                _ => return Pump::Drained,
+            }
+        }
+        Pump::More
+    }
+
+    /// The next thing that went wrong.
+    pub(super) fn next_fault(&mut self) -> Option<Event> {
+        self.findings.pop_front().map(|Finding { what, count }| Event::Fault { what, count })
     }
 
     /// It has ended: removes its root. Blocks for milliseconds.
@@ -303,6 +349,7 @@ fn configure(machine: &mut Machine, spec: &MachineSpec) -> Result<(), VmmError> 
     }
     let Some(instance) = machine.instance() else { return Err(VmmError::MonitorClosed) };
     instance.call(&requests::log())?;
+    instance.call(&requests::metrics())?;
     let requests = match &spec.restore {
         Some(_) => requests::load(&spec.metadata, instance.knows_changes),
         None => requests::boot(&Boot {
@@ -350,7 +397,7 @@ fn open_pipe(path: &Path) -> Result<File, VmmError> {
 
 fn remove_if_there(path: &Path) -> Result<(), VmmError> {
     match fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(system("removing", path)(e)),
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(system("removing", path)(e)),
         _ => Ok(()),
     }
 }

@@ -11,6 +11,8 @@ pub const KERNEL: &str = "kernel";
 pub const INITRAMFS: &str = "initramfs";
 /// What Firecracker has to say goes to this pipe.
 pub const LOG: &str = "log";
+/// What Firecracker counts goes to this pipe.
+pub const METRICS: &str = "metrics";
 /// The memory that a machine goes on from.
 pub const MEMORY: &str = "memory";
 /// The state that a machine goes on from.
@@ -67,6 +69,11 @@ pub struct Boot<'a> {
 /// Sends what Firecracker has to say to a pipe; before anything else.
 pub fn log() -> Request {
     put("/logger", "taking a log", json!({"log_path": LOG, "level": "Warning", "show_level": true}))
+}
+
+/// Sends what Firecracker counts to a pipe; before anything else too.
+pub fn metrics() -> Request {
+    put("/metrics", "taking a pipe for its figures", json!({"metrics_path": METRICS}))
 }
 
 /// All requests that make a machine and let it boot.
