@@ -185,7 +185,7 @@ pub fn a_capsule_hibernates_and_goes_on_where_it_was() {
     let mut cp = agent.client();
     cp.create("cl-asleep").expect("created");
     shell(&mut cp, "cl-asleep", "echo in-memory >/dev/shm/file; head -c 9000000 /dev/urandom >/dev/shm/much");
-    let sum = shell(&mut cp, "cl-asleep", "cksum /dev/shm/much");
+    let sum = shell(&mut cp, "cl-asleep", "sum /dev/shm/much");
     let directory = place.directory.join("sandboxes/cl-asleep");
     let files = || {
         let entries = std::fs::read_dir(&directory).expect("listed").flatten();
@@ -231,7 +231,7 @@ pub fn a_capsule_hibernates_and_goes_on_where_it_was() {
         eprintln!("round {round}: resumed from hibernation in {:?}", begun.elapsed());
         assert_eq!((resumed.state, files()), (CapsuleState::Running, vec!["memory-1".into()]));
         assert_eq!(shell(&mut cp, "cl-asleep", "cat /dev/shm/file"), "in-memory");
-        assert_eq!(shell(&mut cp, "cl-asleep", "cksum /dev/shm/much"), sum);
+        assert_eq!(shell(&mut cp, "cl-asleep", "sum /dev/shm/much"), sum);
         pause(&mut cp, "cl-asleep").expect("paused");
         wait_for_state(&mut cp, "cl-asleep", CapsuleState::Hibernated);
     }

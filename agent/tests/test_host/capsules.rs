@@ -7,10 +7,11 @@ use crate::lifecycle;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+use wire::codec::Bytes;
 use wire::message::{
-    CapsuleCreate, CapsuleInfo, CapsulePause, CapsuleResume, CapsuleSnapshot, CapsuleState, Done, HostStatus,
-    HostStatusReply, SnapshotDelete, SnapshotInfo,
+    CapsuleCreate, CapsuleInfo, CapsulePause, CapsuleResume, CapsuleSnapshot, CapsuleState, Done, Forward,
+    HostStatus, HostStatusReply, Message, ProcessStart, ProcessStarted, SnapshotDelete, SnapshotInfo,
 };
 use wrenn_agent::sys::dm::Control;
 
@@ -24,6 +25,7 @@ pub const CASES: &[Case] = &[
     }),
     ("firecracker: reboot", |_| in_firecracker(|| a_paused_capsule_survives_a_reboot(26))),
     ("firecracker: jail", |_| in_firecracker(firecracker_is_shut_in)),
+    ("firecracker: ends", |_| in_firecracker(a_guest_that_reboots_ends)),
     ("firecracker: pauses", |_| in_firecracker(lifecycle::a_paused_capsule_goes_on_where_it_was)),
     ("firecracker: agents", |_| in_firecracker(lifecycle::a_paused_capsule_survives_its_agent)),
     ("firecracker: failures", |_| in_firecracker(lifecycle::what_fails_leaves_a_capsule_as_it_was)),
@@ -86,6 +88,29 @@ fn firecracker_is_shut_in() {
     assert_eq!(cp.exec("cl-jail", &["/bin/sh", "-c", ask]).expect("ran").stdout, b"401");
     cp.destroy("cl-jail").expect("destroyed");
     assert_eq!((place.remains(), device_names()), (Vec::new(), Vec::new()));
+    assert!(agent.terminate().success());
+}
+
+/// A guest's reboot, or a panic of its kernel, is the end of its capsule.
+fn a_guest_that_reboots_ends() {
+    let Some(guest) = guest() else { return };
+    let place = Place::with_guest(30, &guest);
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let _: CapsuleInfo = cp.ask(&slow("cl-ends")).expect("created");
+    let stream = cp.session.open(&Forward { capsule_id: "cl-ends".into() }, false).expect("opened");
+    let argv = ["/bin/sh", "-c", "sleep 1; echo b >/proc/sysrq-trigger"];
+    let argv = argv.map(|argument| Bytes(argument.as_bytes().to_vec())).to_vec();
+    let start = ProcessStart { argv, user: "root".into(), detached: true, ..Default::default() };
+    cp.session.send_last(stream, &start).expect("sent");
+    assert_eq!(cp.answer(stream).0, ProcessStarted::KIND);
+    let began = Instant::now();
+    while !place.remains().is_empty() {
+        assert!(began.elapsed() < Duration::from_secs(30), "{:?}", place.remains());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    println!("  gone {:?} after it began to reboot", began.elapsed().saturating_sub(Duration::from_secs(1)));
+    assert_eq!(device_names(), Vec::<String>::new());
     assert!(agent.terminate().success());
 }
 
@@ -184,7 +209,7 @@ fn a_paused_capsule_survives_a_reboot(number: u32) {
     let paused: CapsuleInfo = cp.ask(&CapsulePause { capsule_id: "cl-kept".into() }).expect("paused");
     println!("  paused in {:?}", began.elapsed());
     assert_eq!(paused.state, CapsuleState::Paused);
-    assert!(agent.terminate().success());
+    assert!(agent.hand_over().success());
     assert_eq!(device_names(), ["wrenn-cl-kept"]);
     // What a reboot takes away.
     Control::open().and_then(|control| control.remove("wrenn-cl-kept")).expect("removed");
