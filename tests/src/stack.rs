@@ -83,7 +83,7 @@ fn free_address() -> Result<String> {
 }
 
 /// Makes `to` hold what `from` holds, by hard links where it can.
-fn link_tree(from: &Path, to: &Path) -> Result<()> {
+pub fn link_tree(from: &Path, to: &Path) -> Result<()> {
     fs::create_dir_all(to).context(to.display())?;
     for entry in fs::read_dir(from).context(format!("{}: run `make rootfs` first", from.display()))? {
         let entry = entry.context(from.display())?;
