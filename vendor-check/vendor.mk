@@ -85,7 +85,7 @@ sbom: $(VENDOR_CHECK) dist/vendored ## bills of materials and NOTICE, in dist/
 	$(VENDOR_CHECK) notice dist/NOTICE
 
 .PHONY: reproducible
-reproducible: $(VENDOR_CHECK) dist/vendored ## build twice in two directories and compare the programs byte for byte
+reproducible: build ## build once more, offline, in another directory, and compare with builds/ byte for byte
 	@CARGO='$(CARGO)' JOBS=$(JOBS) vendor-check/reproducible.sh
 
 # One of the two builds, in its own tree.
