@@ -726,6 +726,7 @@ mod tests {
             (range, "5-5", "0-5"),
             (range, "1-65534", "1-65535"),
             (Kind::Boolean, "true", "yes"),
+            (Kind::Choice(&["auto", "qemu"]), "qemu", "xen"),
             (Kind::Ipv4, "9.9.9.9", "9.9.9"),
             (Kind::Domain, "capsules.example.com", "10.0.0.1"),
             (Kind::Domain, "a", "a..b"),

@@ -15,17 +15,18 @@
 //! is told with its status.
 
 mod api;
+mod instance;
 mod jail;
 mod metrics;
 mod requests;
 mod saving;
 mod version;
 
+pub use instance::Instance;
 pub use version::Version;
 
-use super::console::{Console, Pump};
-use super::image::COMMAND_TIMEOUT_MS;
-use super::machine::{Control, Event, Machine, system};
+use super::console::Console;
+use super::machine::{Control, Machine, system};
 use super::probe::KvmAccess;
 use super::{MachineSpec, Restore, VmmError, check, require_readable};
 use crate::disk::Format;
@@ -37,12 +38,10 @@ use crate::sys::pidfd::Process;
 use crate::sys::spawn::{Confinement, Identity, spawn};
 use api::{Api, SOCKET};
 use jail::Jail;
-use metrics::{Finding, Lines};
-use requests::{Boot, INITRAMFS, KERNEL, LOG, MEMORY, METRICS, Request, STATE, disk_name};
-use std::collections::VecDeque;
+use requests::{Boot, INITRAMFS, KERNEL, LOG, MEMORY, METRICS, STATE, disk_name};
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -57,11 +56,6 @@ const DIRECTORIES: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/bin"];
 const DIAGNOSTICS_BYTES: u64 = 16 * 1024;
 /// How much of a wrong program's output an error message quotes.
 const QUOTED_CHARS: usize = 200;
-/// How much of what it counts is read before others get their turn.
-const METRICS_PUMP_BYTES: usize = 64 * 1024;
-const METRICS_CHUNK_BYTES: usize = 8 * 1024;
-/// What went wrong and waits to be told, at most. The owner takes it after each read.
-const MAX_FINDINGS: usize = 64;
 /// How long jailer and Firecracker may take until the API answers.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 /// How often it is asked whether it does.
@@ -94,20 +88,6 @@ pub struct Firecracker {
     jailer: Option<PathBuf>,
     version: Version,
     kvm: KvmAccess,
-}
-
-/// A Firecracker that runs.
-#[derive(Debug)]
-pub struct Instance {
-    api: Api,
-    jail: Jail,
-    log: File,
-    metrics: File,
-    lines: Lines,
-    /// What went wrong and was not told yet.
-    findings: VecDeque<Finding>,
-    /// Whether it can tell what has changed since the memory that it goes on from.
-    knows_changes: bool,
 }
 
 impl Firecracker {
@@ -196,7 +176,7 @@ impl Firecracker {
         };
         let api = Api::new(jail.open()?, process.pid());
         let knows_changes = spec.restore.as_ref().is_some_and(|restore| restore.is_own);
-        let instance = Instance { knows_changes, ..Instance::new(api, jail, pipes) };
+        let instance = Instance::new(api, jail, pipes, knows_changes);
         let mut machine =
             Machine::started(process, Control::Firecracker(Box::new(instance)), console, Some(errors));
         match configure(&mut machine, spec) {
@@ -240,72 +220,6 @@ impl Firecracker {
         let identity = Some(Identity { uid: spec.uid, gid: spec.gid });
         let groups = self.kvm.group.as_slice();
         Confinement { namespace: Some(namespace), identity, groups, group, ..Confinement::default() }
-    }
-}
-
-impl Instance {
-    fn new(api: Api, jail: Jail, (log, metrics): (File, File)) -> Instance {
-        let (lines, findings) = (Lines::default(), VecDeque::new());
-        Instance { api, jail, log, metrics, lines, findings, knows_changes: false }
-    }
-
-    /// The Firecracker `pid` that an earlier agent has started in a capsule's directory, and its console;
-    /// `None` when there is another VMM in it.
-    pub(super) fn find(directory: &Path, pid: u32) -> Result<Option<(Control, Console)>, VmmError> {
-        let Some(jail) = Jail::find(directory)? else { return Ok(None) };
-        let pipes = (jail.open_pipe(LOG)?, jail.open_pipe(METRICS)?);
-        let instance = Instance::new(Api::new(jail.open()?, pid), jail, pipes);
-        Ok(Some((Control::Firecracker(Box::new(instance)), open_console(directory)?)))
-    }
-
-    /// Stands the guest still, or lets it go on.
-    pub(super) fn set_running(&self, runs: bool) -> Result<(), VmmError> {
-        self.call(&requests::set_running(runs))
-    }
-
-    /// The beginning of what it has logged and nobody has asked for yet, as text.
-    pub(super) fn logged(&self) -> String {
-        let mut bytes = Vec::new();
-        // Ends when the pipe is empty, with an error that is none.
-        let _ = (&self.log).take(DIAGNOSTICS_BYTES).read_to_end(&mut bytes);
-        String::from_utf8_lossy(&bytes).trim_end().to_owned()
-    }
-
-    /// The descriptor on which what it counts comes.
-    pub(super) fn metrics_fd(&self) -> RawFd {
-        self.metrics.as_raw_fd()
-    }
-
-    /// Reads what it has counted, up to a bound.
-    pub(super) fn pump_metrics(&mut self) -> Pump {
-        let mut chunk = [0; METRICS_CHUNK_BYTES];
-        for _ in 0..METRICS_PUMP_BYTES / METRICS_CHUNK_BYTES {
-            match (&self.metrics).read(&mut chunk) {
-                Ok(count) if count > 0 => {
-                    let findings = self.lines.receive(&chunk[..count]);
-                    let room = MAX_FINDINGS.saturating_sub(self.findings.len());
-                    self.findings.extend(findings.into_iter().take(room));
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                // There always is a writer, so nothing is no end.
-                _ => return Pump::Drained,
-            }
-        }
-        Pump::More
-    }
-
-    /// The next thing that went wrong.
-    pub(super) fn next_fault(&mut self) -> Option<Event> {
-        self.findings.pop_front().map(|Finding { what, count }| Event::Fault { what, count })
-    }
-
-    /// It has ended: removes its root. Blocks for milliseconds.
-    pub(super) fn clear(&self) -> Result<(), VmmError> {
-        self.jail.clear()
-    }
-
-    fn call(&self, request: &Request) -> Result<(), VmmError> {
-        self.api.call(request, COMMAND_TIMEOUT_MS)
     }
 }
 
