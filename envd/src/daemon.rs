@@ -9,11 +9,12 @@ use crate::log::log;
 use crate::metadata::Metadata;
 use crate::ports::Ports;
 use crate::process::Supervisor;
+use crate::process::groups::Groups;
 use crate::process::request::Defaults;
 use crate::process::supervisor::Shell;
 use crate::sampler::Sampler;
 use crate::sys::epoll::{Epoll, Ready};
-use crate::sys::{Errno, Fd, boot, cgroup, clock, credentials, fd, signal, socket};
+use crate::sys::{Errno, Fd, boot, clock, credentials, fd, signal, socket};
 use crate::token::{Token, Way};
 use crate::trust::Trust;
 use alloc::string::String;
@@ -82,7 +83,7 @@ impl Daemon {
         during(epoll.add(&listener, libc::EPOLLIN, Token::Listener.pack()), "watch the listening socket")?;
         during(epoll.add(&signals, libc::EPOLLIN, Token::Signals.pack()), "watch for signals")?;
         // Only in a guest is the control group file system envd's to arrange.
-        let group = if verifier_file.is_none() { cgroup::make() } else { None };
+        let groups = if verifier_file.is_none() { Groups::arrange() } else { Groups::default() };
         let now_ms = clock::monotonic_ms();
         let (gate, identity, trust) = match verifier_file {
             Some(path) => {
@@ -100,7 +101,7 @@ impl Daemon {
         Ok(Daemon {
             epoll,
             connections: Connections::default(),
-            supervisor: Supervisor::new(group),
+            supervisor: Supervisor::new(groups),
             files: Files::default(),
             ports: Ports::default(),
             sampler: Sampler::default(),

@@ -1,6 +1,7 @@
 //! What the program does with its arguments, apart from how it is started.
 
 use crate::daemon::Daemon;
+use crate::guard;
 use crate::log::log;
 use crate::options::{self, Options};
 use crate::sys::{boot, fd};
@@ -8,6 +9,8 @@ use core::net::SocketAddrV4;
 
 /// Exit status for arguments that make no sense.
 const BAD_USAGE: i32 = 2;
+/// Exit status when the daemon had to stop.
+const LOOP_FAILED: i32 = 3;
 
 /// Runs with the arguments after the program's name, and gives the exit status.
 pub fn run<'a>(arguments: impl Iterator<Item = &'a str>) -> i32 {
@@ -20,6 +23,7 @@ pub fn run<'a>(arguments: impl Iterator<Item = &'a str>) -> i32 {
             log!("init works only as the first process of a guest");
             BAD_USAGE
         }
+        Ok(Options::Guard) => guard::run(|| serve(options::LISTEN, None)),
         Ok(Options::Version) => {
             let text = concat!("envd ", env!("CARGO_PKG_VERSION"), "\n");
             i32::from(fd::write_raw(1, text.as_bytes()).is_err())
@@ -40,14 +44,14 @@ fn serve(listen: SocketAddrV4, verifier_file: Option<&str>) -> i32 {
                 Some(errno) => log!("cannot start: {}: {errno}", error.step),
                 None => log!("cannot start: {}", error.step),
             }
-            return 1;
+            return guard::CANNOT_START;
         }
     };
     match daemon.run() {
         Ok(()) => 0,
         Err(errno) => {
             log!("the event loop failed: {errno}");
-            1
+            LOOP_FAILED
         }
     }
 }

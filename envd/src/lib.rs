@@ -1,12 +1,13 @@
 //! envd, the guest daemon of a Wrenn capsule: its init, its processes, its terminals, its files.
 //!
 //! One static binary, one thread. `envd init` (or `/init` of the initramfs) takes the guest from the
-//! kernel to tini; tini runs envd, which listens for the host agent and does what it is asked.
+//! kernel to tini; tini runs envd's guard, and that envd, which listens for the host agent and does what it is asked.
 //!
 //! | module | what it is |
 //! | --- | --- |
 //! | [`init`] | the guest's start |
 //! | [`entry`] | the program's arguments |
+//! | [`guard`] | envd is started again when something has ended it |
 //! | [`daemon`] | the event loop |
 //! | [`connection`] | sessions with host agents |
 //! | [`service`] | messages become work |
@@ -33,6 +34,7 @@ pub mod connection;
 pub mod daemon;
 pub mod entry;
 pub mod files;
+pub mod guard;
 pub mod guest;
 pub mod host_name;
 pub mod identity;

@@ -12,6 +12,8 @@ pub const LISTEN: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 49983)
 pub enum Options {
     /// Be the guest's init.
     Init,
+    /// Serve in a process that is started again whenever it ends.
+    Guard,
     /// Tell the version.
     Version,
     /// Serve.
@@ -24,8 +26,7 @@ pub enum Options {
 }
 
 /// How to call it.
-pub const USAGE: &str =
-    "usage: envd [--listen IP:PORT] [--verifier-file PATH]\n       envd init\n       envd --version\n";
+pub const USAGE: &str = "usage: envd [--listen IP:PORT] [--verifier-file PATH]\n       envd init\n       envd guard\n       envd --version\n";
 
 /// Reads the arguments after the program's name.
 pub fn parse<'a>(mut arguments: impl Iterator<Item = &'a str>) -> Result<Options, String> {
@@ -35,6 +36,7 @@ pub fn parse<'a>(mut arguments: impl Iterator<Item = &'a str>) -> Result<Options
     while let Some(argument) = arguments.next() {
         match argument {
             "init" if first => return Ok(Options::Init),
+            "guard" if first => return Ok(Options::Guard),
             "--version" if first => return Ok(Options::Version),
             "--listen" => {
                 let value = arguments.next().unwrap_or_default();
@@ -61,6 +63,7 @@ mod tests {
     fn arguments_choose_the_role() {
         let run = |args: &[&str]| parse(args.iter().copied());
         assert_eq!(run(&["init"]), Ok(Options::Init));
+        assert_eq!(run(&["guard"]), Ok(Options::Guard));
         assert_eq!(run(&["--version"]), Ok(Options::Version));
         assert_eq!(run(&[]), Ok(Options::Serve { listen: LISTEN, verifier_file: None }));
         assert_eq!(

@@ -82,7 +82,7 @@ fn environment_directory_and_user_are_those_asked_for() {
         ),
     );
     assert_eq!(session, "own\n");
-    assert_eq!(output(&mut client, &shell("cat /proc/self/oom_score_adj")), "0\n");
+    assert_eq!(output(&mut client, &shell("cat /proc/self/oom_score_adj")), "500\n");
 }
 
 #[test]

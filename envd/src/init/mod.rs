@@ -2,7 +2,7 @@
 //!
 //! As `/init` of the initramfs it loads the kernel modules, mounts the root file system and moves into it
 //! ([`initramfs`]); then, or when the kernel starts it from the root file system itself, it prepares the
-//! system ([`system`]), configures the network ([`network`]) and becomes tini, which starts envd.
+//! system ([`system`]), configures the network ([`network`]) and becomes tini, which starts envd under its guard.
 //!
 //! A step without which the guest is of no use ends the machine with one line on the console, so that the
 //! host learns of it at once. Other failures are told and passed over.
@@ -98,7 +98,7 @@ fn start() -> Result<core::convert::Infallible, BootError> {
     complain(network::configure(&line));
     complain(system::start_time_service());
     complain(disk::grow_root(&line));
-    let argv: Vec<CString> = [TINI, c"--", ENVD].iter().map(|s| (*s).into()).collect();
+    let argv: Vec<CString> = [TINI, c"--", ENVD, c"guard"].iter().map(|s| (*s).into()).collect();
     let environment: Vec<CString> =
         [c"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", c"HOME=/root", c"TERM=linux"]
             .iter()

@@ -44,12 +44,16 @@ impl Supervisor {
         self.signal_process(id, number)
     }
 
-    /// Sends a signal to a process's group.
+    /// Sends a signal to a process's group; SIGKILL to all that it has started.
     pub fn signal_process(&mut self, id: ProcessKey, number: u32) -> Result<(), Error> {
         if !(1..=signal::MAX_SIGNAL).contains(&number) {
             return Err(Error::new(Code::InvalidRequest, "a signal is a number from 1 to 64"));
         }
         match self.processes.get(&id).filter(|p| p.exit.is_none()) {
+            Some(_) if number == libc::SIGKILL as u32 => {
+                self.kill_tree(id);
+                Ok(())
+            }
             Some(process) => signal::kill_group(process.pid, number)
                 .map_err(|e| request::errno_error("cannot send the signal", e)),
             None => Err(Error::new(Code::NotFound, "the process has ended already")),

@@ -3,6 +3,7 @@
 //! | module | what it is |
 //! | --- | --- |
 //! | [`control`] | what is asked of processes that run already |
+//! | [`groups`] | a control group for each |
 //! | [`request`] | from a start message to what the kernel needs |
 //! | [`ring`] | output, numbered by byte, pure |
 //! | [`streams`] | what flows in and out of one process |
@@ -10,6 +11,7 @@
 //! | [`supervisor`] | all processes: input, output, watchers, ends |
 
 mod control;
+pub mod groups;
 pub mod request;
 pub mod ring;
 mod streams;

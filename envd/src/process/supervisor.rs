@@ -1,5 +1,6 @@
 //! All processes: their starts and ends, their input and output, who watches them.
 
+use super::groups::{GroupNumber, Groups};
 use super::request::{self, Defaults, start_error};
 use super::streams::{Ends, close_input, read_after_exit, read_output, send_to_watchers, watch_output};
 use super::table::{Piece, Process, ProcessKey, Stopping, Timer, Timers, Watcher};
@@ -56,14 +57,14 @@ pub struct Supervisor {
     left_over: BTreeMap<u32, Fd>,
     next_key: ProcessKey,
     next_left_over: u32,
-    /// The control group of everything that is started.
-    group: Option<Fd>,
+    /// The control groups of what is started.
+    pub(super) groups: Groups,
 }
 
 impl Supervisor {
-    /// No processes yet; those to come are started into a control group where one is given.
-    pub fn new(group: Option<Fd>) -> Supervisor {
-        Supervisor { group, ..Supervisor::default() }
+    /// No processes yet; each of those to come gets one of these control groups.
+    pub fn new(groups: Groups) -> Supervisor {
+        Supervisor { groups, ..Supervisor::default() }
     }
 
     /// How many processes run.
@@ -94,13 +95,20 @@ impl Supervisor {
         }
         let (plan, user) = request::plan(start, defaults)?;
         let ends = Ends::open(start, user.uid).map_err(|e| request::errno_error("cannot open a pipe", e))?;
-        let started =
-            spawn::spawn(&plan, [&ends.child[0], &ends.child[1], &ends.child[2]], self.group.as_ref())
-                .map_err(|e| request::errno_error("cannot start a process", e))?;
+        let group = self.groups.make();
+        let counts_tasks = self.groups.count_tasks();
+        let place = group.as_ref().map(|group| spawn::Place { group: &group.directory, counts_tasks });
+        let started = spawn::spawn(&plan, [&ends.child[0], &ends.child[1], &ends.child[2]], place);
+        let group = group.map(|group| group.number);
+        let started = started.map_err(|e| {
+            self.release_group(group, shell.now_ms);
+            request::errno_error("cannot start a process", e)
+        })?;
         let limit = if start.detached { DETACHED_RING } else { FOREGROUND_RING };
         let id = self.next_key;
         self.next_key += 1;
         let mut process = Process::new(started.pid, shell.now_ms, limit);
+        process.group = group;
         process.tag = start.tag.clone();
         process.argv = start.argv.clone();
         process.cwd = plan.cwd.into_bytes();
@@ -172,7 +180,7 @@ impl Supervisor {
                 self.on_report(id, shell);
                 // While it is not reaped its group cannot be anybody else's.
                 if self.processes.get(&id).is_some_and(|p| p.stopping != Stopping::No) {
-                    let _ = signal::kill_group(pid, libc::SIGKILL as u32);
+                    self.kill_tree(id);
                 }
             }
             let exit = signal::reap(pid);
@@ -185,10 +193,12 @@ impl Supervisor {
     fn on_exit(&mut self, id: ProcessKey, exit: Exit, shell: &mut Shell<'_>) {
         let Some(process) = self.processes.get_mut(&id) else { return };
         process.exit = Some((exit, shell.now_ms));
+        let group = process.group.take();
         process.clear_timer(&mut self.timers, id, Timer::Deadline);
         process.clear_timer(&mut self.timers, id, Timer::Kill);
         process.set_timer(&mut self.timers, id, Timer::Drain, shell.now_ms + DRAIN_MS);
         close_input(process, shell.connections);
+        self.release_group(group, shell.now_ms);
         self.advance(id, shell);
     }
 
@@ -268,6 +278,7 @@ impl Supervisor {
         let Some(mut process) = self.processes.remove(&id) else { return };
         process.clear_timers(&mut self.timers, id);
         self.ended.retain(|other| *other != id);
+        self.release_group(process.group.take(), shell.now_ms);
         close_input(&mut process, shell.connections);
         for watcher in &process.watchers {
             shell.connections.reset(
@@ -395,13 +406,31 @@ impl Supervisor {
         process.set_timer(&mut self.timers, id, Timer::Kill, now_ms + KILL_AFTER_MS);
     }
 
+    /// Kills a process that is not reaped yet, with everything that it has started. Without a control group
+    /// that is what has stayed in its process group.
+    pub(super) fn kill_tree(&self, id: ProcessKey) {
+        let Some(process) = self.processes.get(&id).filter(|p| p.exit.is_none()) else { return };
+        // When its control group was full, it may itself not be in it.
+        let _ = signal::kill_group(process.pid, libc::SIGKILL as u32);
+        if let Some(group) = process.group {
+            self.groups.kill(group);
+        }
+    }
+
+    fn release_group(&mut self, group: Option<GroupNumber>, now_ms: u64) {
+        if let Some(group) = group {
+            self.groups.release(group, now_ms);
+        }
+    }
+
     /// When the first timer is due.
     pub fn next_timeout_ms(&self) -> Option<u64> {
-        self.timers.next_ms()
+        self.timers.next_ms().into_iter().chain(self.groups.next_timeout_ms()).min()
     }
 
     /// Does what is due.
     pub fn handle_timeouts(&mut self, shell: &mut Shell<'_>) {
+        self.groups.sweep(shell.now_ms);
         while let Some((id, timer)) = self.timers.take_due(shell.now_ms) {
             let Some(process) = self.processes.get_mut(&id) else { continue };
             process.clear_timer(&mut self.timers, id, timer);
@@ -412,9 +441,7 @@ impl Supervisor {
                 }
                 Timer::Kill => {
                     process.stopping = Stopping::Killed;
-                    if process.exit.is_none() {
-                        let _ = signal::kill_group(process.pid, libc::SIGKILL as u32);
-                    }
+                    self.kill_tree(id);
                 }
                 Timer::Drain => {
                     process.drained = true;
@@ -450,8 +477,8 @@ impl Supervisor {
 
     /// Ends every process, at the end of envd itself.
     pub fn kill_all(&mut self) {
-        for process in self.processes.values().filter(|p| p.exit.is_none()) {
-            let _ = signal::kill_group(process.pid, libc::SIGKILL as u32);
+        for id in self.processes.keys() {
+            self.kill_tree(*id);
         }
     }
 

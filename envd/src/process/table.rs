@@ -1,5 +1,6 @@
 //! What is known of one process, and the timers of all of them.
 
+use super::groups::GroupNumber;
 use super::ring::OutputRing;
 use crate::connection::StreamKey;
 use crate::sys::Fd;
@@ -111,6 +112,8 @@ pub enum Stopping {
 pub struct Process {
     /// Process, group and session id.
     pub pid: u32,
+    /// Its control group, where it has one.
+    pub group: Option<GroupNumber>,
     /// Name to select it by.
     pub tag: String,
     /// Program and arguments.
@@ -154,6 +157,7 @@ impl Process {
     pub fn new(pid: u32, now_ms: u64, ring_limit: usize) -> Process {
         Process {
             pid,
+            group: None,
             tag: String::new(),
             argv: Vec::new(),
             cwd: Vec::new(),

@@ -68,16 +68,31 @@ const LOWEST_PRIORITY: i32 = 19;
 /// Runs something in a process of its own, a copy of this one, which then ends. It gets what processor
 /// time the rest leaves.
 pub fn in_background(work: impl FnOnce()) -> Result<(), Errno> {
+    fork(|| {
+        // SAFETY: takes numbers only. Should it fail, the work is done at the usual priority.
+        let _ = unsafe { syscall!(libc::SYS_setpriority, libc::PRIO_PROCESS, 0, LOWEST_PRIORITY) };
+        work();
+        0
+    })?;
+    Ok(())
+}
+
+/// Runs something in a process of its own, a copy of this one, which then ends with the status that it
+/// gives. Its process id.
+pub fn fork(work: impl FnOnce() -> i32) -> Result<u32, Errno> {
     // SAFETY: fork without a new stack: the child runs on a copy of this one. This process has one thread,
     // so the copy is whole.
     let pid = unsafe { syscall!(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) }?;
     if pid == 0 {
-        // SAFETY: takes numbers only. Should it fail, the work is done at the usual priority.
-        let _ = unsafe { syscall!(libc::SYS_setpriority, libc::PRIO_PROCESS, 0, LOWEST_PRIORITY) };
-        work();
-        exit(0);
+        exit(work());
     }
-    Ok(())
+    Ok(pid as u32)
+}
+
+/// Sets the name that this process is listed by, of which the kernel takes 15 bytes.
+pub fn set_process_name(name: &CStr) {
+    // SAFETY: the name is NUL-terminated. It cannot fail.
+    let _ = unsafe { syscall!(libc::SYS_prctl, libc::PR_SET_NAME, name.as_ptr(), 0, 0, 0) };
 }
 
 /// `BLKGETSIZE64`, linux/fs.h: `_IOR(0x12, 114, size_t)`.

@@ -18,11 +18,9 @@
 //! | [`boot`] | mounts, modules, host name, power |
 //! | [`link`] | addresses and routes by ioctl |
 //! | [`memory`] | pages |
-//! | [`cgroup`] | the group of all processes |
 //! | [`clock`] | clocks and randomness |
 
 pub mod boot;
-pub mod cgroup;
 pub mod clock;
 pub mod credentials;
 pub mod epoll;

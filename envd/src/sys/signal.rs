@@ -83,6 +83,14 @@ pub fn kill_group(group: u32, signal: u32) -> Result<(), Errno> {
     Ok(())
 }
 
+/// Sends a signal to a child that is not reaped yet.
+pub fn send(child: u32, signal: u32) -> Result<(), Errno> {
+    assert!(child > 1, "0 and 1 would mean others");
+    // SAFETY: integer arguments.
+    unsafe { syscall!(libc::SYS_kill, child, signal) }?;
+    Ok(())
+}
+
 /// The id of a child that has ended and is not reaped yet.
 pub fn ended_child() -> Option<u32> {
     // SAFETY: an all-zero siginfo_t is a valid value.

@@ -80,13 +80,22 @@ struct CloneArguments {
     cgroup: u64,
 }
 
+/// The control group that a process is started in.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// Its directory.
+    pub group: &'a Fd,
+    /// Whether it bounds tasks, so that the kernel's bound for each account is not needed.
+    pub counts_tasks: bool,
+}
+
 /// Forks, into a control group where one is given. When the group is full the child is made outside of it:
 /// it may be what is needed to clean up.
 ///
 /// # Safety
 /// The child runs on a copy of the caller's stack and memory; it must make system calls only.
-unsafe fn fork(group: Option<&Fd>) -> Result<usize, Errno> {
-    if let Some(group) = group {
+unsafe fn fork(place: Option<Place<'_>>) -> Result<usize, Errno> {
+    if let Some(Place { group, .. }) = place {
         let arguments = CloneArguments {
             flags: CLONE_INTO_CGROUP,
             exit_signal: libc::SIGCHLD as u64,
@@ -104,8 +113,19 @@ unsafe fn fork(group: Option<&Fd>) -> Result<usize, Errno> {
     unsafe { syscall!(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) }
 }
 
+/// What the kernel adds to a process's share of the memory, in thousandths, when it looks for what to kill.
+const OOM_SCORE: &[u8] = b"500";
+
+/// Lifts the bound on an account's processes: an account that had reached it could start nothing more, not
+/// even what ends the others.
+fn lift_task_limit() {
+    let none = libc::rlimit64 { rlim_cur: libc::RLIM64_INFINITY, rlim_max: libc::RLIM64_INFINITY };
+    // SAFETY: the struct lives for the call. Where it may not be lifted, it holds.
+    let _ = unsafe { syscall!(libc::SYS_prlimit64, 0, libc::RLIMIT_NPROC, &raw const none, 0usize) };
+}
+
 /// Starts a process with the three descriptors as its standard ones, in a control group where one is given.
-pub fn spawn(plan: &Plan, stdio: [&Fd; 3], group: Option<&Fd>) -> Result<Started, Errno> {
+pub fn spawn(plan: &Plan, stdio: [&Fd; 3], place: Option<Place<'_>>) -> Result<Started, Errno> {
     let argv = pointers(&plan.argv);
     let environment = pointers(&plan.environment);
     // For a script without an interpreter line: `/bin/sh`, the script, its arguments.
@@ -116,8 +136,11 @@ pub fn spawn(plan: &Plan, stdio: [&Fd; 3], group: Option<&Fd>) -> Result<Started
     let numbers = [stdio[0].raw(), stdio[1].raw(), stdio[2].raw()];
     // SAFETY: all signals are blocked in parent and child. The child makes system calls only, on memory
     // that was prepared here, and never returns.
-    let pid = unsafe { fork(group) }?;
+    let pid = unsafe { fork(place) }?;
     if pid == 0 {
+        if place.is_some_and(|p| p.counts_tasks) {
+            lift_task_limit();
+        }
         let (step, errno) = child(plan, &argv, &environment, &mut shell_argv, numbers);
         let code = errno.0.to_ne_bytes();
         let _ = write_raw(child_report.raw(), &[step as u8, code[0], code[1], code[2], code[3]]);
@@ -165,14 +188,14 @@ fn setup(plan: &Plan, stdio: [i32; 3]) -> Result<(), Errno> {
             syscall!(libc::SYS_ioctl, 0, libc::TIOCSCTTY, 0)?;
         }
         syscall!(libc::SYS_umask, 0o022)?;
-        // envd itself is the last that the kernel should take memory from; its children are not.
+        // envd and the system's own are the last that the kernel should take memory from.
         if let Ok(fd) = syscall!(
             libc::SYS_open,
             c"/proc/self/oom_score_adj".as_ptr(),
             libc::O_WRONLY | libc::O_CLOEXEC,
             0
         ) {
-            let _ = write_raw(fd as i32, b"0");
+            let _ = write_raw(fd as i32, OOM_SCORE);
             let _ = syscall!(libc::SYS_close, fd);
         }
     }

@@ -19,7 +19,10 @@ pub const CHANNEL_TERMINAL: u8 = 3;
 
 messages! {
     /// Starts a process. Answered by `ProcessStarted` and, unless detached, its output as DATA and
-    /// `ProcessExited`; or by `Error` when it could not be started.
+    /// `ProcessExited`; or by `Error` when it could not be started. It is killed with everything that it has
+    /// started, in whatever group or session, when its time runs out, when it is sent SIGKILL, and when it is
+    /// not detached and its stream ends. What it has put into the background stays when it ends by itself or
+    /// by another signal. In a guest without control groups (version 2), only its process group is killed.
     ProcessStart = 0x0200 {
         /// Program and arguments; the program is looked up in the environment's PATH.
         argv: Vec<Bytes>,
@@ -31,7 +34,7 @@ messages! {
         user: String,
         /// A name to select the process by; empty for none.
         tag: String,
-        /// Milliseconds until it is sent SIGTERM and then SIGKILL; 0 for never.
+        /// Milliseconds until it is sent SIGTERM, and when it has ended or 2 s later SIGKILL; 0 for never.
         timeout_ms: u32,
         /// Whether the process outlives the stream; its output is then kept in a bounded ring.
         detached: bool,
@@ -63,8 +66,8 @@ messages! {
         duration_ms: u64,
     }
 
-    /// Sends a signal to a process's group. Answered by `Done`; on the stream of a process, with an empty
-    /// selector, it is for that process and not answered.
+    /// Sends a signal to a process's group; SIGKILL to everything that it has started too. Answered by
+    /// `Done`; on the stream of a process, with an empty selector, it is for that process and not answered.
     ProcessSignal = 0x0203 {
         /// A process id in decimal, or a tag.
         selector: String,
