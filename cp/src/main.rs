@@ -4,7 +4,7 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use wire::config::{Program, Settings};
+use wire::config::{Program, Settings, parse_ip_list};
 use wire::reactor::sys::{resources, signals::Signals};
 use wrenn_cp::api;
 use wrenn_cp::auth::random;
@@ -128,6 +128,8 @@ fn serve(settings: &Settings) -> Result<(), Failure> {
         jwt_secret: settings.require("JWT_SECRET")?.as_bytes().to_vec(),
         database_url: settings.require("DATABASE_URL")?.to_string(),
         proxy_domain: settings.get("WRENN_PROXY_DOMAIN").map(str::to_string),
+        // What the table of settings has checked.
+        trusted_proxies: settings.get("WRENN_TRUSTED_PROXIES").and_then(parse_ip_list).unwrap_or_default(),
         version: env!("CARGO_PKG_VERSION"),
     });
     let workers = usize::try_from(settings.number("WRENN_DATABASE_CONNECTIONS")?)?;

@@ -7,7 +7,7 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-use support::{read_response, read_to_close, start};
+use support::{SECRET, read_response, read_to_close, start, start_with};
 use wrenn_cp::http::context::Context;
 use wrenn_cp::http::handler::Method::{Get, Post};
 use wrenn_cp::http::handler::{BodyMode, Flow, Job, Request, Response, Route, Step};
@@ -41,6 +41,10 @@ fn bad(request: Request, _: &Arc<Context>) -> Flow {
     Step::respond(Response::json(200, &number))
 }
 
+fn peer(request: Request, _: &Arc<Context>) -> Flow {
+    Step::respond(Response::json(200, &request.peer.to_string()))
+}
+
 static ROUTES: &[Route] = &[
     Route::new(Get, "/hello", hello),
     Route::new(Post, "/echo", echo).with_body(BodyMode::Buffered(1000)),
@@ -49,6 +53,34 @@ static ROUTES: &[Route] = &[
     Route::new(Get, "/database", needs_database),
     Route::new(Post, "/bad", bad),
 ];
+
+#[test]
+fn only_a_trusted_proxy_says_whom_a_request_comes_from() {
+    let asked = |trusted: &[&str]| {
+        let context = Context {
+            jwt_secret: SECRET.to_vec(),
+            database_url: "postgresql://nobody@%2Fnonexistent/none".to_string(),
+            proxy_domain: None,
+            trusted_proxies: trusted.iter().map(|t| t.parse().expect("an address")).collect(),
+            version: "test",
+        };
+        let server = start_with(Arc::new(context), vec![Route::new(Get, "/peer", peer)], Vec::new());
+        server.exchange(
+            "GET /peer HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: 192.0.2.1\r\nX-Forwarded-For: \
+             198.51.100.7, 10.0.0.9\r\nConnection: close\r\n\r\n"
+                .as_bytes(),
+        )
+    };
+    for (trusted, told) in [
+        (&[][..], "127.0.0.1"),
+        (&["10.0.0.9"], "127.0.0.1"),
+        (&["127.0.0.1"], "10.0.0.9"),
+        (&["127.0.0.1", "10.0.0.9"], "198.51.100.7"),
+    ] {
+        let answer = asked(trusted);
+        assert!(answer.ends_with(&format!("\"{told}\"")), "{trusted:?}: {answer}");
+    }
+}
 
 #[test]
 fn keep_alive_and_pipelined_requests_are_answered_in_order() {

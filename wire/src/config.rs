@@ -70,6 +70,8 @@ pub enum Kind {
     Boolean,
     /// One of these words.
     Choice(&'static [&'static str]),
+    /// IP addresses, separated by commas.
+    IpList,
     /// An IPv4 address.
     Ipv4,
     /// A DNS domain.
@@ -95,6 +97,7 @@ impl Kind {
             Kind::Choice(words) => format!("one of {}", words.join(", ")),
             Kind::Ipv4 => "an IPv4 address".into(),
             Kind::Domain => "a DNS domain such as capsules.example.com".into(),
+            Kind::IpList => "IP addresses, separated by commas".into(),
         }
     }
 
@@ -123,8 +126,14 @@ impl Kind {
             Kind::Choice(words) => words.contains(&value),
             Kind::Ipv4 => value.parse::<Ipv4Addr>().is_ok(),
             Kind::Domain => is_host_name(value) && value.parse::<IpAddr>().is_err(),
+            Kind::IpList => parse_ip_list(value).is_some(),
         }
     }
+}
+
+/// IP addresses, separated by commas. An IPv4 address in IPv6's form is the IPv4 address.
+pub fn parse_ip_list(text: &str) -> Option<Vec<IpAddr>> {
+    text.split(',').map(|item| item.trim().parse::<IpAddr>().ok().map(|a| a.to_canonical())).collect()
 }
 
 /// One row of the table.
@@ -175,6 +184,13 @@ pub const VARIABLES: &[Variable] = &[
         Kind::Domain,
         None,
         "the domain of services in capsules, PORT-CAPSULE.DOMAIN; without it, any domain is taken",
+    ),
+    variable(
+        "WRENN_TRUSTED_PROXIES",
+        Program::ControlPlane,
+        Kind::IpList,
+        None,
+        "the proxies whose X-Forwarded-For says whom a request comes from",
     ),
     variable(
         "WRENN_DATABASE_CONNECTIONS",
@@ -728,6 +744,9 @@ mod tests {
             (Kind::Boolean, "true", "yes"),
             (Kind::Choice(&["auto", "qemu"]), "qemu", "xen"),
             (Kind::Ipv4, "9.9.9.9", "9.9.9"),
+            (Kind::IpList, "127.0.0.1", "127.0.0.1:80"),
+            (Kind::IpList, "10.0.0.1, 2001:db8::1", "10.0.0.1,"),
+            (Kind::IpList, "::ffff:10.0.0.1", "10.0.0.0/8"),
             (Kind::Domain, "capsules.example.com", "10.0.0.1"),
             (Kind::Domain, "a", "a..b"),
         ] {

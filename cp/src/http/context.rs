@@ -1,6 +1,7 @@
 //! What every handler can reach besides its request: the settings, and nothing that changes.
 
 use std::fmt;
+use std::net::IpAddr;
 
 /// Settings that handlers read. Shared by the event loop and all workers, never changed after start.
 pub struct Context {
@@ -10,6 +11,8 @@ pub struct Context {
     pub database_url: String,
     /// The domain under which services in capsules are reached (`WRENN_PROXY_DOMAIN`); without one, every.
     pub proxy_domain: Option<String>,
+    /// The proxies whose `X-Forwarded-For` counts (`WRENN_TRUSTED_PROXIES`).
+    pub trusted_proxies: Vec<IpAddr>,
     /// This program's version.
     pub version: &'static str,
 }

@@ -87,7 +87,7 @@ pub struct Request {
     pub body: Vec<u8>,
     /// What stood in the route's `{…}` places, in order, percent-decoded.
     pub params: Vec<(&'static str, String)>,
-    /// The address of the client (or the proxy in front of us).
+    /// The address of the client, or of a proxy in front of us that is not trusted to tell it.
     pub peer: IpAddr,
     /// The id of the API key that the client has proven to hold, where it is a client of the wire protocol:
     /// its requests have no header.

@@ -14,6 +14,7 @@
 pub mod client;
 pub mod context;
 pub mod date;
+pub mod forwarded;
 pub mod handler;
 pub mod limits;
 pub mod multipart;

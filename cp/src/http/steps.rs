@@ -1,6 +1,7 @@
 //! Carries out the steps of requests and of recurring jobs.
 
 use super::client::overloaded;
+use super::forwarded::client_address;
 use super::handler::{Flow, Handler, HostCall, MessageContinuation, Request, Response, Step};
 use super::limits::{FIRST_MESSAGE_MS, MAX_TASKS};
 use super::server::{Server, TimerKey};
@@ -12,7 +13,7 @@ use wire::websocket::Message;
 
 impl Server {
     /// Begins a client's request.
-    pub(super) fn start_request(&mut self, client: u64, handler: Handler, request: Request) {
+    pub(super) fn start_request(&mut self, client: u64, handler: Handler, mut request: Request) {
         if self.is_draining
             && let Some(client) = self.clients.get_mut(&client)
         {
@@ -30,6 +31,7 @@ impl Server {
             id,
             Task { client: Some(client), caller: None, job: None, is_new: true, wait: Wait::Nothing },
         );
+        request.peer = client_address(request.peer, &request.headers, &self.context.trusted_proxies);
         let flow = handler(request, &self.context);
         self.run_task(id, flow);
     }

@@ -62,8 +62,13 @@ fn health(server: &Running) -> (String, Duration) {
 fn a_frozen_database_holds_nobody_up_for_long_and_is_found_again() {
     let (url, first) = own_server();
     migrate::run(&mut Database::connect(&url).expect("connect")).expect("migrate");
-    let context =
-        Context { jwt_secret: SECRET.to_vec(), database_url: url, proxy_domain: None, version: "test" };
+    let context = Context {
+        jwt_secret: SECRET.to_vec(),
+        database_url: url,
+        proxy_domain: None,
+        trusted_proxies: Vec::new(),
+        version: "test",
+    };
     let server = start_with(Arc::new(context), api::routes(), Vec::new());
     assert_eq!(health(&server).0, "200");
     let frozen = Frozen::new(first);

@@ -61,6 +61,7 @@ impl Stage {
             jwt_secret: b"0123456789abcdef0123456789abcdef".to_vec(),
             database_url: url.clone(),
             proxy_domain: None,
+            trusted_proxies: Vec::new(),
             version: "test",
         };
         let peer = IpAddr::V4(Ipv4Addr::from(NEXT.fetch_add(1, Ordering::Relaxed)));

@@ -28,6 +28,7 @@ pub fn start(routes: &'static [Route], jobs: Vec<Job>) -> Running {
         jwt_secret: SECRET.to_vec(),
         database_url: "postgresql://nobody@%2Fnonexistent/none".to_string(),
         proxy_domain: None,
+        trusted_proxies: Vec::new(),
         version: "test",
     };
     start_with(Arc::new(context), routes.to_vec(), jobs)
