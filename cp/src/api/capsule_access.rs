@@ -51,16 +51,16 @@ pub fn wrong_state(capsule: &Capsule, needed: &str) -> Response {
 /// # Errors
 /// 409 when it does not run, 503 when its host is silent.
 pub fn target(capsule: &Capsule) -> Result<Target, Response> {
-    target_in(capsule, CapsuleState::Running)
+    target_in(capsule, &[CapsuleState::Running])
 }
 
-/// How to reach the host of a capsule that has to be in a state.
+/// How to reach the host of a capsule that has to be in one of some states; the first is what is asked for.
 ///
 /// # Errors
 /// 409 when it is in another, 503 when its host is silent.
-pub fn target_in(capsule: &Capsule, state: CapsuleState) -> Result<Target, Response> {
-    if capsule.status != state {
-        return Err(wrong_state(capsule, state.name()));
+pub fn target_in(capsule: &Capsule, states: &[CapsuleState]) -> Result<Target, Response> {
+    if !states.contains(&capsule.status) {
+        return Err(wrong_state(capsule, states.first().map_or("", |state| state.name())));
     }
     match (&capsule.host_id, &capsule.host_address) {
         (Some(host_id), Some(address)) if capsule.is_host_live => {

@@ -251,7 +251,7 @@ impl Making {
     fn finish(self, place: Place, info: CapsuleInfo) -> Flow {
         Step::database(move |db| {
             let capsule = db.transaction(|sql| {
-                let is_wanted = capsules::set_running(sql, &place.host_id, &info)?;
+                let is_wanted = capsules::set_running(sql, &place.host_id, &info, None)?;
                 if is_wanted {
                     let event = Event::new(Some(&self.principal.team_id), "capsule.create", &self.id);
                     let event = event.with(json!({"template": self.order.template}));

@@ -1,11 +1,11 @@
 //! What recurs without a client: comparing each host's capsules with the records.
 
 use crate::audit::{self, Actor, Event};
-use crate::db::{Sql, Stop, capsules, hosts};
-use crate::hosts::reconciler::{self, HELD, LIST_TIMEOUT_MS, Repair};
+use crate::db::{Sql, Stop, capsules, hosts, orphans};
+use crate::hosts::reconciler::{self, LIST_TIMEOUT_MS, Repair, Unwanted};
 use crate::http::context::Context;
 use crate::http::handler::{Flow, HostCall, Job, Response, Step};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::sync::Arc;
 use wire::message::{
     CapsuleDestroy, CapsuleInfo, CapsuleList, CapsuleState, Done, HostStatus, HostStatusReply,
@@ -83,10 +83,12 @@ impl Visit {
                     hosts::set_report(sql, &self.id, &status.templates, left)?;
                 }
                 let records = capsules::records(sql, &self.id, &ids)?;
+                let unknown = reconciler::unknown(&reported, &records);
+                let watched = orphans::watch(sql, &self.id, &unknown)?;
                 let mut doomed = Vec::new();
-                for repair in reconciler::compare(&reported, &records) {
-                    if let Some(id) = carry_out(sql, &self.id, repair)? {
-                        doomed.push(id);
+                for repair in reconciler::compare(&reported, &records, &watched) {
+                    if let Some(unwanted) = carry_out(sql, &self.id, repair)? {
+                        doomed.push(unwanted);
                     }
                 }
                 Ok(doomed)
@@ -96,14 +98,20 @@ impl Visit {
     }
 
     /// Destroys one capsule after the other.
-    fn destroy(self, mut doomed: Vec<String>) -> Flow {
-        let Some(id) = doomed.pop() else { return next_host(self.hosts_left) };
-        log::warn!("capsule {id} on {} is no longer wanted and is destroyed", self.id);
+    fn destroy(self, mut doomed: Vec<(String, Unwanted)>) -> Flow {
+        let Some((id, reason)) = doomed.pop() else { return next_host(self.hosts_left) };
+        let why = reason.name();
+        log::warn!("capsule {id} on {} is no longer wanted ({why}) and is destroyed", self.id);
         let message = CapsuleDestroy { capsule_id: id.clone() };
         let timeout_ms = super::host_delete::DESTROY_TIMEOUT_MS;
         HostCall::new(&self.id, &self.address, &message, timeout_ms).then(move |result| match result {
-            // What that changes is noted by the next comparison.
-            Ok(_) => self.destroy(doomed),
+            // The next comparison notes that it is gone, and who began it is on record.
+            Ok(_) if reason == Unwanted::Unfinished => self.destroy(doomed),
+            Ok(_) => Step::database(move |db| {
+                let details = json!({"host_id": self.id, "reason": why});
+                db.transaction(|sql| record(sql, "capsule.destroy", &id, details.clone(), None))?;
+                self.destroy(doomed)
+            }),
             Err(error) => {
                 log::warn!("capsule {id} could not be destroyed, and will be tried again: {error}");
                 self.destroy(doomed)
@@ -113,46 +121,53 @@ impl Visit {
 }
 
 /// Does what the database can do, and gives the capsule that the host has to destroy.
-fn carry_out(sql: &mut dyn Sql, host_id: &str, repair: Repair) -> Result<Option<String>, Stop> {
-    let starting = [CapsuleState::Pending, CapsuleState::Starting];
+fn carry_out(sql: &mut dyn Sql, host_id: &str, repair: Repair) -> Result<Option<(String, Unwanted)>, Stop> {
     match repair {
-        Repair::MarkRunning(info) => {
-            capsules::set_running(sql, host_id, &info)?;
-        }
-        Repair::MarkPaused(info) => {
-            if capsules::set_paused(sql, host_id, &info)? {
-                log::info!("capsule {} is paused", info.capsule_id);
+        Repair::Note { info, from } => {
+            let is_new = match info.state {
+                CapsuleState::Running => capsules::set_running(sql, host_id, &info, Some(from))?,
+                _ => capsules::set_paused(sql, host_id, &info, Some(from))?,
+            };
+            if is_new && from != info.state {
+                let (id, state) = (&info.capsule_id, info.state.name());
+                log::info!("capsule {id} is {state}; on record it was {}", from.name());
+                let details = json!({"status": state, "before": from.name()});
+                record(sql, "capsule.state", id, details, None)?;
             }
         }
-        Repair::MarkError { id, reason } => {
-            let from = [&starting[..], &HELD[..]].concat();
-            note(sql, &id, &from, CapsuleState::Error, &reason)?;
-        }
-        Repair::MarkMissing { id } => {
+        Repair::MarkError { id, from, reason } => note(sql, &id, from, CapsuleState::Error, reason)?,
+        Repair::MarkMissing { id, from } => {
             let reason = "its host does not know it any more: its virtual machine ended, or the host was \
                           restarted";
-            note(sql, &id, &HELD, CapsuleState::Missing, reason)?;
+            note(sql, &id, from, CapsuleState::Missing, reason)?;
         }
         Repair::MarkStopped { id } => {
-            capsules::change_state(sql, &id, &[CapsuleState::Stopping], CapsuleState::Stopped, None)?;
+            if capsules::change_state(sql, &id, &[CapsuleState::Stopping], CapsuleState::Stopped, None)? {
+                record(sql, "capsule.destroy", &id, json!({"host_id": host_id}), None)?;
+            }
         }
-        Repair::Destroy { id } => return Ok(Some(id)),
+        Repair::Destroy { id, reason } => return Ok(Some((id, reason))),
     }
     Ok(None)
 }
 
-fn note(
-    sql: &mut dyn Sql,
-    id: &str,
-    from: &[CapsuleState],
-    to: CapsuleState,
-    reason: &str,
-) -> Result<(), Stop> {
-    if capsules::change_state(sql, id, from, to, Some(reason))? {
+fn note(sql: &mut dyn Sql, id: &str, from: CapsuleState, to: CapsuleState, reason: &str) -> Result<(), Stop> {
+    if capsules::change_state(sql, id, &[from], to, Some(reason))? {
         log::warn!("capsule {id} is {}: {reason}", to.name());
-        let team_id = capsules::team_of(sql, id)?;
-        let event = Event::new(team_id.as_deref(), "capsule.state", id).with(json!({"status": to.name()}));
-        audit::write(sql, &Actor::System, &event.failed(reason))?;
+        record(sql, "capsule.state", id, json!({"status": to.name()}), Some(reason))?;
     }
     Ok(())
+}
+
+/// Writes an entry into the audit log, for the capsule's team where that is known.
+fn record(
+    sql: &mut dyn Sql,
+    action: &str,
+    id: &str,
+    details: Value,
+    failure: Option<&str>,
+) -> Result<(), Stop> {
+    let team_id = capsules::team_of(sql, id)?;
+    let event = Event { failure, ..Event::new(team_id.as_deref(), action, id).with(details) };
+    Ok(audit::write(sql, &Actor::System, &event)?)
 }

@@ -31,11 +31,26 @@ enum Change {
 }
 
 impl Change {
-    /// The states before, meanwhile and afterwards.
-    fn states(self) -> [CapsuleState; 3] {
+    /// The states in which it can begin.
+    fn before(self) -> &'static [CapsuleState] {
         match self {
-            Change::Pause => [CapsuleState::Running, CapsuleState::Pausing, CapsuleState::Paused],
-            Change::Resume => [CapsuleState::Paused, CapsuleState::Resuming, CapsuleState::Running],
+            Change::Pause => &[CapsuleState::Running],
+            Change::Resume => &[CapsuleState::Paused, CapsuleState::Hibernated],
+        }
+    }
+
+    fn meanwhile(self) -> CapsuleState {
+        match self {
+            Change::Pause => CapsuleState::Pausing,
+            Change::Resume => CapsuleState::Resuming,
+        }
+    }
+
+    /// Whether that is what was asked for.
+    fn is_done(self, state: CapsuleState) -> bool {
+        match self {
+            Change::Pause => matches!(state, CapsuleState::Paused | CapsuleState::Hibernated),
+            Change::Resume => state == CapsuleState::Running,
         }
     }
 
@@ -87,6 +102,8 @@ struct Changing {
     change: Change,
     principal: Principal,
     target: Target,
+    /// Its state before.
+    before: CapsuleState,
 }
 
 fn change(request: Request, context: &Arc<Context>, change: Change) -> Flow {
@@ -95,15 +112,13 @@ fn change(request: Request, context: &Arc<Context>, change: Change) -> Flow {
         let changing = db.transaction(|sql| {
             let principal = Principal::of(sql, &context, &request)?;
             let capsule = find(sql, &principal, request.param("id"))?;
-            let [before, meanwhile, _] = change.states();
-            let is_hibernated = change == Change::Resume && capsule.status == CapsuleState::Hibernated;
-            let before = if is_hibernated { capsule.status } else { before };
-            let target = target_in(&capsule, before)?;
-            if !capsules::change_state(sql, &capsule.id, &[before], meanwhile, None)? {
+            let target = target_in(&capsule, change.before())?;
+            let before = capsule.status;
+            if !capsules::change_state(sql, &capsule.id, &[before], change.meanwhile(), None)? {
                 let message = "the capsule's state has just changed; look at it again";
                 return Err(Response::error(409, "invalid_state", message).into());
             }
-            Ok(Changing { change, principal, target })
+            Ok(Changing { change, principal, target, before })
         })?;
         changing.ask()
     })
@@ -135,10 +150,10 @@ impl Changing {
         Step::database(move |db| {
             let capsule = db.transaction(|sql| {
                 let is_new = match self.change {
-                    Change::Pause => capsules::set_paused(sql, &self.target.host_id, &info)?,
+                    Change::Pause => capsules::set_paused(sql, &self.target.host_id, &info, None)?,
                     Change::Resume => {
                         capsules::touch(sql, &self.target.capsule_id)?;
-                        capsules::set_running(sql, &self.target.host_id, &info)?
+                        capsules::set_running(sql, &self.target.host_id, &info, None)?
                     }
                 };
                 if is_new {
@@ -148,7 +163,7 @@ impl Changing {
             })?;
             match capsule {
                 // The reconciler may have noted it first.
-                Some(capsule) if capsule.status == self.change.states()[2] => {
+                Some(capsule) if self.change.is_done(capsule.status) => {
                     Step::respond(Response::json(200, &capsule))
                 }
                 _ => {
@@ -168,9 +183,14 @@ impl Changing {
         let answer = self.answer(&error);
         Step::database(move |db| {
             db.transaction(|sql| {
-                let [before, meanwhile, _] = self.change.states();
                 if is_as_before {
-                    capsules::change_state(sql, &self.target.capsule_id, &[meanwhile], before, None)?;
+                    capsules::change_state(
+                        sql,
+                        &self.target.capsule_id,
+                        &[self.change.meanwhile()],
+                        self.before,
+                        None,
+                    )?;
                 }
                 self.write(sql, Some(&error))
             })?;

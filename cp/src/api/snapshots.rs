@@ -322,7 +322,7 @@ impl Cloning {
         Step::database(move |db| {
             let Taking { principal, target, .. } = &self.taking;
             let capsule = db.transaction(|sql| {
-                if capsules::set_running(sql, &target.host_id, &info)? {
+                if capsules::set_running(sql, &target.host_id, &info, None)? {
                     let event = Event::new(Some(&principal.team_id), "capsule.create", &info.capsule_id);
                     let event = event.with(json!({"cloned_from": target.capsule_id}));
                     audit::write(sql, &principal.actor, &event)?;

@@ -190,12 +190,18 @@ pub fn place(sql: &mut dyn Sql, id: &str, host_id: &str) -> Result<bool, DbError
     Ok(changed > 0)
 }
 
-/// Notes what a host tells of a capsule that runs. `false` when there is nothing to note: all of it is
-/// known, or the capsule is not expected to run because it was destroyed meanwhile.
+/// Notes what a host tells of a capsule that runs; with `from`, only where that is the state on record.
+/// `false` when there is nothing to note: all of it is known, or the capsule is not expected to run because
+/// it was destroyed meanwhile.
 ///
 /// # Errors
 /// What the database says.
-pub fn set_running(sql: &mut dyn Sql, host_id: &str, info: &CapsuleInfo) -> Result<bool, DbError> {
+pub fn set_running(
+    sql: &mut dyn Sql,
+    host_id: &str,
+    info: &CapsuleInfo,
+    from: Option<CapsuleState>,
+) -> Result<bool, DbError> {
     let facts: serde_json::Map<String, Value> =
         info.metadata.iter().map(|(k, v)| (k.clone(), Value::String(v.clone()))).collect();
     let size = i32::try_from(info.disk_size_mb).unwrap_or(i32::MAX);
@@ -205,8 +211,9 @@ pub fn set_running(sql: &mut dyn Sql, host_id: &str, info: &CapsuleInfo) -> Resu
              disk_used_mb = $6, metadata = metadata || $7::text::jsonb, failure = null,
              started_at = coalesce(started_at, now()), last_active_at = coalesce(last_active_at, now()),
              last_updated = case when status = 'running' then last_updated else now() end
-         where id = $1 and host_id = $2 and (status in ('starting', 'missing', 'pausing', 'paused', 'resuming',
-             'snapshotting', 'hibernated') or status = 'running' and not (
+         where id = $1 and host_id = $2 and ($8::text is null or status = $8)
+             and (status in ('pending', 'starting', 'missing', 'pausing', 'paused', 'hibernated', 'resuming',
+             'snapshotting') or status = 'running' and not (
              guest_ip = $3 and host_ip = $4 and disk_size_mb = $5 and disk_used_mb = $6
              and metadata @> $7::text::jsonb))",
         &[
@@ -217,26 +224,37 @@ pub fn set_running(sql: &mut dyn Sql, host_id: &str, info: &CapsuleInfo) -> Resu
             &size,
             &used,
             &Value::Object(facts).to_string(),
+            &from.map(CapsuleState::name),
         ],
     )?;
     Ok(changed > 0)
 }
 
-/// Notes that a host has a capsule paused or hibernated, whichever it tells. `false` when there is nothing to note: all of it is known, or
-/// the capsule is not expected to be there.
+/// Notes that a host has a capsule paused, or hibernated where it says so; with `from`, only where that is
+/// the state on record. `false` when there is nothing to note: all of it is known, or the capsule is not
+/// expected to be there.
 ///
 /// # Errors
 /// What the database says.
-pub fn set_paused(sql: &mut dyn Sql, host_id: &str, info: &CapsuleInfo) -> Result<bool, DbError> {
+pub fn set_paused(
+    sql: &mut dyn Sql,
+    host_id: &str,
+    info: &CapsuleInfo,
+    from: Option<CapsuleState>,
+) -> Result<bool, DbError> {
+    let state = match info.state {
+        CapsuleState::Hibernated => CapsuleState::Hibernated,
+        _ => CapsuleState::Paused,
+    };
     let used = i32::try_from(info.disk_used_mb).unwrap_or(i32::MAX);
-    let status =
-        if info.state == CapsuleState::Hibernated { info.state } else { CapsuleState::Paused }.name();
     let changed = sql.execute(
         "update capsules set status = $4, disk_used_mb = $3, failure = null,
+             started_at = coalesce(started_at, now()), last_active_at = coalesce(last_active_at, now()),
              last_updated = case when status = $4 then last_updated else now() end
-         where id = $1 and host_id = $2 and (status in ('running', 'pausing', 'resuming', 'missing',
-             'snapshotting') or status in ('paused', 'hibernated') and (status <> $4 or disk_used_mb <> $3))",
-        &[&info.capsule_id, &host_id, &used, &status],
+         where id = $1 and host_id = $2 and ($5::text is null or status = $5)
+             and (status in ('pending', 'starting', 'running', 'pausing', 'paused', 'hibernated', 'resuming',
+             'missing', 'snapshotting') and status <> $4 or status = $4 and disk_used_mb <> $3)",
+        &[&info.capsule_id, &host_id, &used, &state.name(), &from.map(CapsuleState::name)],
     )?;
     Ok(changed > 0)
 }

@@ -43,6 +43,7 @@ migrations! {
     6 "snapshots" "0006_snapshots.sql",
     7 "api keys by prefix" "0007_api_keys_by_prefix.sql",
     8 "room of hosts" "0008_host_room.sql",
+    9 "orphans" "0009_orphans.sql",
 }
 
 /// Why the database was not migrated.

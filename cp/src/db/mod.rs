@@ -12,6 +12,7 @@ pub mod host_tokens;
 pub mod hosts;
 pub mod migrate;
 pub mod networks;
+pub mod orphans;
 pub mod snapshots;
 pub mod teams;
 pub mod timestamp;

@@ -4,7 +4,11 @@
 //! The host's list is taken first and the records are read after it. A record is written before its
 //! capsule is asked for, so a capsule without a record is nobody's. The other way round there is a
 //! gap, in which a capsule may be finished that the list does not have yet: records that changed a
-//! moment ago are left for the next time.
+//! moment ago are left for the next time. Each repair names the state that it was decided for, and is
+//! not carried out in another: a request may change the record between the comparison and the repair.
+//!
+//! Only a host that answers is compared. What a silent host has is left as it is on record: its capsules
+//! run on without it, and it lists them when it is back.
 
 use std::collections::{HashMap, HashSet};
 use wire::message::{CapsuleInfo, CapsuleState};
@@ -17,6 +21,11 @@ pub const LIST_TIMEOUT_MS: u64 = 8_000;
 /// How long a capsule may be in a passing state before nobody is expected to wait for it any more, in
 /// milliseconds: longer than a create may take.
 pub const ABANDONED_MS: u64 = 60_000;
+
+/// How long a host must have told of a capsule that is on no record before it is destroyed, in
+/// milliseconds. A database that was put back from a backup knows nothing of what was made since; this is
+/// how long its operator has to notice.
+pub const ORPHAN_GRACE_MS: u64 = 600_000;
 
 /// The states of a capsule that was made and that its host has to know.
 pub const HELD: [CapsuleState; 6] = [
@@ -44,21 +53,28 @@ pub struct Record {
 /// Something to put right.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Repair {
-    /// The host has it running: note that, and what the host tells of it.
-    MarkRunning(CapsuleInfo),
-    /// The host has it paused or hibernated: note that, and what the host tells of it.
-    MarkPaused(CapsuleInfo),
+    /// The host has it running, paused or hibernated: note that, and what the host tells of it.
+    Note {
+        /// What the host tells.
+        info: CapsuleInfo,
+        /// The state on record.
+        from: CapsuleState,
+    },
     /// It failed.
     MarkError {
         /// `cl-…`
         id: String,
+        /// The state on record.
+        from: CapsuleState,
         /// Why, for a person.
-        reason: String,
+        reason: &'static str,
     },
     /// The host does not know it any more.
     MarkMissing {
         /// `cl-…`
         id: String,
+        /// The state on record.
+        from: CapsuleState,
     },
     /// It was to be destroyed and is gone.
     MarkStopped {
@@ -69,272 +85,224 @@ pub enum Repair {
     Destroy {
         /// `cl-…`
         id: String,
+        /// Why.
+        reason: Unwanted,
     },
 }
 
-/// Compares. At most one repair for a capsule, in the order of records, then of orphans.
-pub fn compare(reported: &[CapsuleInfo], records: &[Record]) -> Vec<Repair> {
+/// Why a host should not have a capsule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unwanted {
+    /// It is on no record.
+    Orphaned,
+    /// It is on record as another host's.
+    Elsewhere,
+    /// Its life is over.
+    Over,
+    /// Its destruction was begun, and was not finished.
+    Unfinished,
+}
+
+impl Unwanted {
+    /// For the log and the audit log.
+    pub fn name(self) -> &'static str {
+        match self {
+            Unwanted::Orphaned => "orphaned",
+            Unwanted::Elsewhere => "elsewhere",
+            Unwanted::Over => "over",
+            Unwanted::Unfinished => "unfinished",
+        }
+    }
+}
+
+/// The capsules that a host tells of and that are on no record.
+pub fn unknown(reported: &[CapsuleInfo], records: &[Record]) -> Vec<String> {
+    let known: HashSet<&str> = records.iter().map(|record| record.id.as_str()).collect();
+    let ids = reported.iter().map(|info| info.capsule_id.as_str()).filter(|id| !known.contains(id));
+    ids.map(str::to_string).collect()
+}
+
+/// Compares. At most one repair for a capsule, in the order of records, then of orphans. `orphans` says how
+/// long the host has told of those that are on no record, in milliseconds.
+pub fn compare(reported: &[CapsuleInfo], records: &[Record], orphans: &HashMap<String, u64>) -> Vec<Repair> {
     let on_host: HashMap<&str, &CapsuleInfo> =
         reported.iter().map(|info| (info.capsule_id.as_str(), info)).collect();
-    let known: HashSet<&str> = records.iter().map(|record| record.id.as_str()).collect();
-    let of_records = records.iter().filter_map(|record| match on_host.get(record.id.as_str()) {
+    let of_records =
+        records.iter().filter_map(|record| decide(record, on_host.get(record.id.as_str()).copied()));
+    let is_due = |id: &String| orphans.get(id).is_some_and(|age_ms| *age_ms >= ORPHAN_GRACE_MS);
+    let of_orphans = unknown(reported, records)
+        .into_iter()
+        .filter(is_due)
+        .map(|id| Repair::Destroy { id, reason: Unwanted::Orphaned });
+    of_records.chain(of_orphans).collect()
+}
+
+/// What to do about one capsule that is on record, given what the host tells of it.
+pub fn decide(record: &Record, reported: Option<&CapsuleInfo>) -> Option<Repair> {
+    match reported {
         Some(info) => present(record, info),
         None => absent(record),
-    });
-    let orphans = reported
-        .iter()
-        .filter(|info| !known.contains(info.capsule_id.as_str()))
-        .map(|info| Repair::Destroy { id: info.capsule_id.clone() });
-    of_records.chain(orphans).collect()
+    }
 }
 
 /// The host has a capsule that is on record.
 fn present(record: &Record, info: &CapsuleInfo) -> Option<Repair> {
-    let destroy = || Some(Repair::Destroy { id: record.id.clone() });
-    if !record.is_here {
-        return destroy();
+    let (id, from) = (record.id.clone(), record.state);
+    let is_settled = record.age_ms >= SETTLED_MS;
+    let unwanted = match record.state {
+        _ if !record.is_here => Some(Unwanted::Elsewhere),
+        CapsuleState::Stopped | CapsuleState::Error => Some(Unwanted::Over),
+        CapsuleState::Stopping => Some(Unwanted::Unfinished),
+        _ => None,
+    };
+    if let Some(reason) = unwanted {
+        // Somebody may be just destroying it.
+        return is_settled.then_some(Repair::Destroy { id, reason });
     }
-    match (record.state, info.state) {
-        // Gone for everybody but the host.
-        (CapsuleState::Stopped | CapsuleState::Error, _) => destroy(),
-        // Somebody is just destroying it, or did not get to the end of it.
-        (CapsuleState::Stopping, _) => (record.age_ms >= SETTLED_MS).then(destroy).flatten(),
-        (_, CapsuleState::Error) => {
-            let reason = "the host reports that it failed".to_string();
-            Some(Repair::MarkError { id: record.id.clone(), reason })
+    match info.state {
+        CapsuleState::Error => {
+            Some(Repair::MarkError { id, from, reason: "the host reports that it failed" })
         }
-        (CapsuleState::Running | CapsuleState::Missing, CapsuleState::Running) => {
-            Some(Repair::MarkRunning(info.clone()))
-        }
-        (
-            CapsuleState::Paused | CapsuleState::Hibernated | CapsuleState::Missing,
-            CapsuleState::Paused | CapsuleState::Hibernated,
-        ) => Some(Repair::MarkPaused(info.clone())),
         // The host's word counts once nobody can be about to note an answer: it pauses idle capsules by
-        // itself, and what was begun is finished there whether or not anybody heard of it.
-        (_, CapsuleState::Running) => {
-            (record.age_ms >= SETTLED_MS).then(|| Repair::MarkRunning(info.clone()))
+        // itself, and what was begun is finished there whether or not anybody heard of it. What agrees, and
+        // what was missing, needs no waiting.
+        CapsuleState::Running | CapsuleState::Paused | CapsuleState::Hibernated => {
+            let is_clear = record.state == info.state || record.state == CapsuleState::Missing;
+            (is_clear || is_settled).then(|| Repair::Note { info: info.clone(), from })
         }
-        (_, CapsuleState::Paused | CapsuleState::Hibernated) => {
-            (record.age_ms >= SETTLED_MS).then(|| Repair::MarkPaused(info.clone()))
-        }
+        // It is at work, and will have come to an end at one of the next comparisons.
         _ => None,
     }
 }
 
 /// A capsule that is on record is not in the host's list.
 fn absent(record: &Record) -> Option<Repair> {
-    let id = record.id.clone();
+    let (id, from) = (record.id.clone(), record.state);
     if !record.is_here || record.age_ms < SETTLED_MS {
         return None;
     }
     match record.state {
-        state if HELD.contains(&state) => Some(Repair::MarkMissing { id }),
+        state if HELD.contains(&state) => Some(Repair::MarkMissing { id, from }),
         CapsuleState::Stopping => Some(Repair::MarkStopped { id }),
         CapsuleState::Pending | CapsuleState::Starting if record.age_ms >= ABANDONED_MS => {
-            let reason = "it was not finished: its control plane or its host stopped meanwhile".to_string();
-            Some(Repair::MarkError { id, reason })
+            let reason = "it was not finished: its control plane or its host stopped meanwhile";
+            Some(Repair::MarkError { id, from, reason })
         }
         _ => None,
     }
 }
 
 #[cfg(test)]
+mod simulation;
+
+#[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeMap;
 
-    fn info(id: &str, state: CapsuleState) -> CapsuleInfo {
-        CapsuleInfo { capsule_id: id.into(), state, ..CapsuleInfo::default() }
+    const STATES: [CapsuleState; 12] = [
+        CapsuleState::Pending,
+        CapsuleState::Starting,
+        CapsuleState::Running,
+        CapsuleState::Pausing,
+        CapsuleState::Paused,
+        CapsuleState::Resuming,
+        CapsuleState::Snapshotting,
+        CapsuleState::Hibernated,
+        CapsuleState::Stopping,
+        CapsuleState::Stopped,
+        CapsuleState::Missing,
+        CapsuleState::Error,
+    ];
+
+    /// A line for each state on record, in the order of [`STATES`]; a letter for each that the host tells, the
+    /// first for a capsule that it does not know. Large letters hold at once, small ones once the record has
+    /// settled: note, destroy, missing, stopped, error; error for what is not there once it is abandoned.
+    const TABLE: [&str; 12] = [
+        "e..n.n..n...E",
+        "e..n.n..n...E",
+        "m..N.n..n...E",
+        "m..n.n..n...E",
+        "m..n.N..n...E",
+        "m..n.n..n...E",
+        "m..n.n..n...E",
+        "m..n.n..N...E",
+        "sdddddddddddd",
+        ".dddddddddddd",
+        "...N.N..N...E",
+        ".dddddddddddd",
+    ];
+
+    const OLD_MS: u64 = 3_600_000;
+
+    fn info(state: CapsuleState) -> CapsuleInfo {
+        CapsuleInfo { capsule_id: "cl-a".into(), state, ..CapsuleInfo::default() }
     }
 
-    fn record(id: &str, state: CapsuleState, age_ms: u64) -> Record {
-        Record { id: id.into(), state, is_here: true, age_ms }
-    }
-
-    const OLD: u64 = 3_600_000;
-
-    #[test]
-    fn agreement_needs_nothing_but_fresh_facts() {
-        let running = info("cl-a", CapsuleState::Running);
-        let records = [record("cl-a", CapsuleState::Running, OLD)];
-        assert_eq!(compare(std::slice::from_ref(&running), &records), [Repair::MarkRunning(running.clone())]);
-        assert_eq!(compare(&[], &[]), []);
-        let starting = [record("cl-b", CapsuleState::Starting, 100)];
-        assert_eq!(compare(&[info("cl-b", CapsuleState::Starting)], &starting), []);
-    }
-
-    #[test]
-    fn a_capsule_that_vanished_is_missing_once_it_has_settled() {
-        let gone = |age| compare(&[], &[record("cl-a", CapsuleState::Running, age)]);
-        assert_eq!(gone(SETTLED_MS - 1), []);
-        assert_eq!(gone(SETTLED_MS), [Repair::MarkMissing { id: "cl-a".into() }]);
-        let stopping = [record("cl-a", CapsuleState::Stopping, OLD)];
-        assert_eq!(compare(&[], &stopping), [Repair::MarkStopped { id: "cl-a".into() }]);
-    }
-
-    #[test]
-    fn an_abandoned_start_ends_as_it_did_on_the_host() {
-        let starting = |age| [record("cl-a", CapsuleState::Starting, age)];
-        assert_eq!(compare(&[], &starting(ABANDONED_MS - 1)), []);
-        assert!(matches!(compare(&[], &starting(ABANDONED_MS))[..], [Repair::MarkError { .. }]));
-        let running = info("cl-a", CapsuleState::Running);
-        assert_eq!(compare(std::slice::from_ref(&running), &starting(SETTLED_MS - 1)), []);
-        assert_eq!(
-            compare(std::slice::from_ref(&running), &starting(SETTLED_MS)),
-            [Repair::MarkRunning(running)]
-        );
-    }
-
-    #[test]
-    fn a_host_pauses_by_itself_and_finishes_what_nobody_waited_for() {
-        use CapsuleState::{Missing, Paused, Pausing, Resuming, Running, Snapshotting};
-        let (paused, running) = (info("cl-a", Paused), info("cl-a", Running));
-        for (state, reported, repair) in [
-            (Running, &paused, Repair::MarkPaused(paused.clone())),
-            (Pausing, &paused, Repair::MarkPaused(paused.clone())),
-            (Resuming, &paused, Repair::MarkPaused(paused.clone())),
-            (Pausing, &running, Repair::MarkRunning(running.clone())),
-            (Resuming, &running, Repair::MarkRunning(running.clone())),
-            (Snapshotting, &running, Repair::MarkRunning(running.clone())),
-            (Paused, &running, Repair::MarkRunning(running.clone())),
-        ] {
-            let compared = |age| compare(std::slice::from_ref(reported), &[record("cl-a", state, age)]);
-            assert_eq!(compared(SETTLED_MS), [repair], "{state:?}");
-            assert_eq!(compared(SETTLED_MS - 1), [], "{state:?}: the answer may be on its way");
+    fn letter(repair: Option<&Repair>) -> char {
+        match repair {
+            None => '.',
+            Some(Repair::Note { .. }) => 'n',
+            Some(Repair::MarkError { .. }) => 'e',
+            Some(Repair::MarkMissing { .. }) => 'm',
+            Some(Repair::MarkStopped { .. }) => 's',
+            Some(Repair::Destroy { .. }) => 'd',
         }
-        let missing = [record("cl-a", Missing, 0)];
-        assert_eq!(compare(std::slice::from_ref(&paused), &missing), [Repair::MarkPaused(paused)]);
-        for state in HELD {
-            let gone = compare(&[], &[record("cl-a", state, SETTLED_MS)]);
-            assert_eq!(gone, [Repair::MarkMissing { id: "cl-a".into() }], "{state:?}");
-        }
-        assert_eq!(compare(&[info("cl-a", Pausing)], &[record("cl-a", Running, OLD)]), []);
     }
 
     #[test]
-    fn what_should_not_be_there_is_destroyed() {
-        let destroy = [Repair::Destroy { id: "cl-a".into() }];
-        let here = [info("cl-a", CapsuleState::Running)];
-        assert_eq!(compare(&here, &[]), destroy, "nobody's");
-        for state in [CapsuleState::Stopped, CapsuleState::Error] {
-            assert_eq!(compare(&here, &[record("cl-a", state, 0)]), destroy, "{state:?}");
-        }
-        assert_eq!(compare(&here, &[record("cl-a", CapsuleState::Stopping, 0)]), [], "just being destroyed");
-        assert_eq!(compare(&here, &[record("cl-a", CapsuleState::Stopping, OLD)]), destroy);
-        let elsewhere = Record { is_here: false, ..record("cl-a", CapsuleState::Running, OLD) };
-        assert_eq!(compare(&here, std::slice::from_ref(&elsewhere)), destroy);
-        assert_eq!(compare(&[], &[elsewhere]), [], "not ours to judge");
-    }
-
-    #[test]
-    fn a_capsule_that_comes_back_runs_again_and_a_failed_one_is_told() {
-        let running = info("cl-a", CapsuleState::Running);
-        let missing = [record("cl-a", CapsuleState::Missing, 0)];
-        assert_eq!(compare(std::slice::from_ref(&running), &missing), [Repair::MarkRunning(running)]);
-        let failed = [info("cl-a", CapsuleState::Error)];
-        let repairs = compare(&failed, &[record("cl-a", CapsuleState::Running, 0)]);
-        assert!(matches!(repairs[..], [Repair::MarkError { .. }]));
-    }
-
-    /// A host and its records, and what the repairs do to them.
-    struct World {
-        host: BTreeMap<String, CapsuleState>,
-        records: BTreeMap<String, Record>,
-    }
-
-    impl World {
-        /// Anything that can be, from a seed.
-        fn new(seed: u64) -> World {
-            // Knuth's MMIX generator; the high bits are good enough to pick states.
-            let mut number = seed;
-            let mut pick = |n: usize| {
-                number =
-                    number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                usize::try_from(number >> 33).unwrap_or(0) % n
-            };
-            let mut world = World { host: BTreeMap::new(), records: BTreeMap::new() };
-            for n in 0..12 {
-                let id = format!("cl-{n}");
-                if pick(3) > 0 {
-                    let states = [
-                        CapsuleState::Running,
-                        CapsuleState::Paused,
-                        CapsuleState::Hibernated,
-                        CapsuleState::Error,
-                    ];
-                    world.host.insert(id.clone(), states[pick(4)]);
-                }
-                if pick(4) > 0 {
-                    let states = [
-                        CapsuleState::Starting,
-                        CapsuleState::Running,
-                        CapsuleState::Stopping,
-                        CapsuleState::Stopped,
-                        CapsuleState::Missing,
-                        CapsuleState::Error,
-                        CapsuleState::Pausing,
-                        CapsuleState::Paused,
-                        CapsuleState::Resuming,
-                        CapsuleState::Snapshotting,
-                        CapsuleState::Hibernated,
-                    ];
-                    let state = states[pick(states.len())];
-                    let record = Record { is_here: pick(5) > 0, ..record(&id, state, OLD) };
-                    world.records.insert(id, record);
+    fn every_state_on_record_meets_every_report() {
+        for (state, line) in STATES.into_iter().zip(TABLE) {
+            let reports = std::iter::once(None).chain(STATES.into_iter().map(|s| Some(info(s))));
+            for (report, expected) in reports.zip(line.chars()) {
+                let is_at_once = expected.is_ascii_uppercase();
+                let from_ms = if report.is_none() && expected == 'e' { ABANDONED_MS } else { SETTLED_MS };
+                for (age_ms, is_early) in [(0, true), (from_ms - 1, true), (from_ms, false), (OLD_MS, false)]
+                {
+                    let record = Record { id: "cl-a".into(), state, is_here: true, age_ms };
+                    let repair = decide(&record, report.as_ref());
+                    let expected = if is_early && !is_at_once { '.' } else { expected.to_ascii_lowercase() };
+                    assert_eq!(letter(repair.as_ref()), expected, "{state:?} {age_ms} ms, {report:?}");
+                    match repair {
+                        Some(Repair::Note { info, from }) => {
+                            assert_eq!((Some(&info), from), (report.as_ref(), state));
+                        }
+                        Some(Repair::MarkError { from, .. } | Repair::MarkMissing { from, .. }) => {
+                            assert_eq!(from, state);
+                        }
+                        _ => {}
+                    }
                 }
             }
-            world
-        }
-
-        fn repairs(&self) -> Vec<Repair> {
-            let reported: Vec<_> = self.host.iter().map(|(id, state)| info(id, *state)).collect();
-            // As the database is asked: those that should be here, and those that are reported.
-            let is_asked_for = |r: &&Record| {
-                let is_over = [CapsuleState::Stopped, CapsuleState::Error, CapsuleState::Missing];
-                self.host.contains_key(&r.id) || r.is_here && !is_over.contains(&r.state)
-            };
-            let records: Vec<_> = self.records.values().filter(is_asked_for).cloned().collect();
-            compare(&reported, &records)
-        }
-
-        fn carry_out(&mut self, repair: Repair) {
-            let (id, state) = match repair {
-                Repair::MarkRunning(info) => (info.capsule_id, CapsuleState::Running),
-                Repair::MarkPaused(info) => (info.capsule_id, info.state),
-                Repair::MarkError { id, .. } => (id, CapsuleState::Error),
-                Repair::MarkMissing { id } => (id, CapsuleState::Missing),
-                Repair::MarkStopped { id } => (id, CapsuleState::Stopped),
-                Repair::Destroy { id } => {
-                    let wanted = self.records.get(&id).filter(|r| r.is_here).map(|r| r.state);
-                    let lives = self.host.remove(&id).is_some_and(|state| state != CapsuleState::Error);
-                    let is_wanted = wanted.is_some_and(|s| HELD.contains(&s) || s == CapsuleState::Missing);
-                    assert!(!(lives && is_wanted), "a capsule in use was destroyed");
-                    return;
-                }
-            };
-            self.records.get_mut(&id).expect("a record is repaired").state = state;
         }
     }
 
     #[test]
-    fn any_world_is_in_order_after_a_few_rounds() {
-        for seed in 0..20_000 {
-            let mut world = World::new(seed);
-            for _ in 0..3 {
-                world.repairs().into_iter().for_each(|repair| world.carry_out(repair));
+    fn another_hosts_capsule_is_destroyed_here_and_not_judged() {
+        for state in STATES {
+            let record = |age_ms| Record { id: "cl-a".into(), state, is_here: false, age_ms };
+            for reported in STATES {
+                assert_eq!(decide(&record(SETTLED_MS - 1), Some(&info(reported))), None);
+                assert_eq!(
+                    decide(&record(SETTLED_MS), Some(&info(reported))),
+                    Some(Repair::Destroy { id: "cl-a".into(), reason: Unwanted::Elsewhere })
+                );
             }
-            for repair in world.repairs() {
-                let is_news = matches!(repair, Repair::MarkRunning(_) | Repair::MarkPaused(_));
-                assert!(is_news, "seed {seed}: still {repair:?}");
-            }
-            for (id, state) in &world.host {
-                let record = world.records.get(id).expect("every capsule is on record");
-                assert_eq!((record.is_here, record.state), (true, *state), "seed {seed}: {id}");
-            }
-            for record in world.records.values().filter(|r| r.is_here && HELD.contains(&r.state)) {
-                assert!(world.host.contains_key(&record.id), "seed {seed}: {} does not run", record.id);
-            }
+            assert_eq!(decide(&record(OLD_MS), None), None, "{state:?}");
         }
+    }
+
+    #[test]
+    fn an_orphan_has_its_grace() {
+        let reported = [info(CapsuleState::Running)];
+        let after = |age_ms| compare(&reported, &[], &HashMap::from([("cl-a".to_string(), age_ms)]));
+        assert_eq!(unknown(&reported, &[]), ["cl-a"]);
+        assert_eq!(after(ORPHAN_GRACE_MS - 1), []);
+        let destroy = Repair::Destroy { id: "cl-a".into(), reason: Unwanted::Orphaned };
+        assert_eq!(after(ORPHAN_GRACE_MS), [destroy]);
+        assert_eq!(compare(&reported, &[], &HashMap::new()), [], "never before it was watched");
+        // What is on record again is no orphan, however long it was one.
+        let record = Record { id: "cl-a".into(), state: CapsuleState::Paused, is_here: true, age_ms: 0 };
+        assert_eq!(unknown(&reported, std::slice::from_ref(&record)), Vec::<String>::new());
+        assert_eq!(compare(&reported, &[record], &HashMap::from([("cl-a".to_string(), OLD_MS)])), []);
     }
 }

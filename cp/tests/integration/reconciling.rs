@@ -2,9 +2,10 @@
 
 use crate::stage::{ADMIN, Stage, json, text};
 use serde_json::json;
-use wire::message::{CapsuleInfo, CapsuleState};
+use wire::message::{CapsuleInfo, CapsuleState, Code, Error};
 use wrenn_cp::db::{Database, hosts};
-use wrenn_cp::http::handler::Method::{Get, Post};
+use wrenn_cp::http::handler::HostError;
+use wrenn_cp::http::handler::Method::{Delete, Get, Post};
 
 fn stage() -> (Stage, String) {
     let mut stage = Stage::new();
@@ -24,6 +25,7 @@ fn age(stage: &Stage) {
     crate::postgres::client(&stage.url)
         .batch_execute(
             "update capsules set last_updated = last_updated - interval '1 hour';
+             update orphans set since = since - interval '1 hour';
              update hosts set reconciled_at = null",
         )
         .expect("update");
@@ -50,15 +52,135 @@ fn a_capsule_that_died_is_missing() {
     assert!(answer.error_message().is_some_and(|m| m.contains("its host does not know it any more")));
 }
 
+fn audited(stage: &Stage, id: &str) -> Vec<(String, String)> {
+    crate::postgres::client(&stage.url)
+        .query(
+            "select action, metadata::text from audit_log where resource_id = $1 and actor_type = 'system'
+             order by created_at, id",
+            &[&id],
+        )
+        .expect("query")
+        .iter()
+        .map(|row| (row.get(0), row.get(1)))
+        .collect()
+}
+
 #[test]
-fn an_orphan_is_destroyed() {
+fn an_orphan_is_destroyed_after_its_grace_and_audited() {
     let (mut stage, _) = stage();
     let id = "cl-0000000000000000000000009".to_string();
     let orphan =
         CapsuleInfo { capsule_id: id.clone(), state: CapsuleState::Running, ..CapsuleInfo::default() };
-    stage.hosts[0].capsules.insert(id, orphan);
+    stage.hosts[0].capsules.insert(id.clone(), orphan.clone());
+    stage.run_jobs();
+    assert_eq!(stage.hosts[0].capsules.len(), 1, "its grace has begun");
+    // What is gone for a moment begins anew.
+    age(&stage);
+    stage.hosts[0].capsules.clear();
+    stage.run_jobs();
+    stage.hosts[0].capsules.insert(id.clone(), orphan);
+    age(&stage);
+    stage.run_jobs();
+    assert_eq!(stage.hosts[0].capsules.len(), 1, "its grace has begun again");
+    assert_eq!(audited(&stage, &id), []);
+    age(&stage);
     stage.run_jobs();
     assert!(stage.hosts[0].capsules.is_empty());
+    let told = audited(&stage, &id);
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(told[0].0 == "capsule.destroy" && told[0].1.contains("orphaned"), "{told:?}");
+}
+
+#[test]
+fn a_capsule_that_was_destroyed_and_is_there_again_is_destroyed_again() {
+    let (mut stage, bearer) = stage();
+    let id = create(&mut stage, &bearer);
+    let kept = stage.hosts[0].capsules[&id].clone();
+    let path = format!("/v1/capsules/{id}");
+    assert_eq!(stage.request(Delete, &path, ("authorization", &bearer), "").status, 204);
+    stage.hosts[0].capsules.insert(id.clone(), kept);
+    age(&stage);
+    stage.run_jobs();
+    assert!(stage.hosts[0].capsules.is_empty());
+    let told = audited(&stage, &id);
+    assert!(told.len() == 1 && told[0].1.contains("over"), "{told:?}");
+}
+
+#[test]
+fn what_a_host_does_by_itself_is_noted_and_a_hibernated_capsule_resumes() {
+    let (mut stage, bearer) = stage();
+    let id = create(&mut stage, &bearer);
+    for (reported, name) in [
+        (CapsuleState::Paused, "paused"),
+        (CapsuleState::Hibernated, "hibernated"),
+        (CapsuleState::Paused, "paused"),
+        (CapsuleState::Running, "running"),
+        (CapsuleState::Hibernated, "hibernated"),
+    ] {
+        stage.hosts[0].capsules.get_mut(&id).expect("there").state = reported;
+        age(&stage);
+        stage.run_jobs();
+        assert_eq!(state(&mut stage, &bearer, &id), name);
+    }
+    assert_eq!(audited(&stage, &id).iter().filter(|(action, _)| action == "capsule.state").count(), 5);
+    let auth = ("authorization", bearer.as_str());
+    let refused = stage.request(Post, &format!("/v1/capsules/{id}/pause"), auth, "");
+    assert_eq!(refused.status, 409);
+    assert!(refused.error_message().is_some_and(|m| m.contains("hibernated")));
+    // A resume that fails leaves it as it was.
+    let full = HostError::Remote(Error::new(Code::ResourceExhausted, "only 12 left"));
+    stage.hosts[0].failures.push_back(full);
+    assert_eq!(stage.request(Post, &format!("/v1/capsules/{id}/resume"), auth, "").status, 503);
+    assert_eq!(state(&mut stage, &bearer, &id), "hibernated");
+    let resumed = stage.request(Post, &format!("/v1/capsules/{id}/resume"), auth, "");
+    assert_eq!((resumed.status, text(&json(&resumed)["status"]).as_str()), (200, "running"));
+}
+
+#[test]
+fn a_start_that_nobody_waited_for_and_that_the_host_has_paused_is_paused() {
+    let (mut stage, bearer) = stage();
+    let id = create(&mut stage, &bearer);
+    crate::postgres::client(&stage.url)
+        .execute("update capsules set status = 'starting', started_at = null", &[])
+        .expect("update");
+    stage.hosts[0].capsules.get_mut(&id).expect("there").state = CapsuleState::Paused;
+    age(&stage);
+    stage.run_jobs();
+    assert_eq!(state(&mut stage, &bearer, &id), "paused");
+}
+
+#[test]
+fn a_host_that_is_back_with_its_capsules_has_lost_none() {
+    let (mut stage, bearer) = stage();
+    let id = create(&mut stage, &bearer);
+    let host = stage.hosts.pop().expect("a host");
+    for _ in 0..3 {
+        age(&stage);
+        stage.run_jobs();
+        assert_eq!(state(&mut stage, &bearer, &id), "running", "its host is silent");
+    }
+    crate::postgres::client(&stage.url)
+        .execute("update hosts set last_heartbeat_at = now() - interval '1 hour'", &[])
+        .expect("update");
+    let exec = format!("/v1/capsules/{id}/exec");
+    let away = stage.request(Post, &exec, ("authorization", &bearer), r#"{"cmd":"x"}"#);
+    assert_eq!(away.status, 503, "{:?}", away.error_message());
+    crate::postgres::client(&stage.url)
+        .execute("update hosts set last_heartbeat_at = now()", &[])
+        .expect("update");
+    stage.hosts.push(host);
+    age(&stage);
+    stage.run_jobs();
+    assert_eq!(state(&mut stage, &bearer, &id), "running");
+    // An answer without it is another thing; should it come back even so, it runs.
+    let kept = std::mem::take(&mut stage.hosts[0].capsules);
+    age(&stage);
+    stage.run_jobs();
+    assert_eq!(state(&mut stage, &bearer, &id), "missing");
+    stage.hosts[0].capsules = kept;
+    age(&stage);
+    stage.run_jobs();
+    assert_eq!(state(&mut stage, &bearer, &id), "running");
 }
 
 #[test]
