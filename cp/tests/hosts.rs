@@ -21,6 +21,7 @@ use wrenn_cp::hosts::translators::{Download, ProcessOutput};
 use wrenn_cp::http::context::Context;
 use wrenn_cp::http::handler::Method::{Get, Post};
 use wrenn_cp::http::handler::{BodyMode, Flow, HostCall, Relay, Request, Response, Route, Step, Upload};
+use wrenn_cp::http::limits::MAX_HELD_FILE;
 
 const CAPSULE: &str = "cl-1";
 
@@ -463,6 +464,56 @@ fn an_upload_streams_into_the_file() {
     client.write_all(empty).expect("sent");
     let (head, body) = read_response(&mut client);
     assert!(head.starts_with("HTTP/1.1 400 ") && body.contains("field file"), "{body}");
+}
+
+#[test]
+fn a_path_may_come_after_a_small_file() {
+    let server = start(ROUTES, Vec::new());
+    let path = "--b\r\nContent-Disposition: form-data; name=\"path\"\r\n\r\n/tmp/f\r\n";
+    let small: Vec<u8> = (0..MAX_HELD_FILE).map(|i| (i / 7) as u8).collect();
+    let large = vec![b'x'; MAX_HELD_FILE + 1];
+    let upload = |parts: &[&[u8]]| {
+        let got = Arc::new(Mutex::new(Vec::new()));
+        let hold = Arc::new(AtomicUsize::new(0));
+        let agent = agent::start("host-1", 0, file_taker(Arc::clone(&got), hold));
+        let mut body = parts.concat();
+        body.extend_from_slice(b"--b--\r\n");
+        let head = format!(
+            "POST /write?agent={} HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n\
+             Content-Length: {}\r\nConnection: close\r\n\r\n",
+            agent.address,
+            body.len()
+        );
+        let mut client = server.connect();
+        client.write_all(head.as_bytes()).expect("sent");
+        // It may be refused before all of it was sent.
+        let _ = client.write_all(&body);
+        let (head, body) = read_response(&mut client);
+        let got = got.lock().expect("no panic").clone();
+        (head.split(' ').nth(1).unwrap_or_default().to_string(), body, got)
+    };
+    let file_head = b"--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"f\"\r\n\r\n";
+    let file = |content: &[u8]| [&file_head[..], content, b"\r\n"].concat();
+    let (status, body, got) = upload(&[&file(&small), path.as_bytes()]);
+    assert_eq!(status, "204", "{body}");
+    assert!(got == small, "{} bytes came", got.len());
+    let (status, _, got) = upload(&[&file(b""), path.as_bytes()]);
+    assert_eq!((status.as_str(), got.len()), ("204", 0));
+    let (status, body, got) = upload(&[&file(&large), path.as_bytes()]);
+    assert_eq!((status.as_str(), got.len()), ("400", 0));
+    assert!(body.contains("path must come before"), "{body}");
+    let (status, _, got) = upload(&[path.as_bytes(), &file(&large)]);
+    assert_eq!((status.as_str(), got.len()), ("204", large.len()));
+    for wrong in [
+        vec![file(b"x")],
+        vec![file(b"x"), file(b"y"), path.as_bytes().to_vec()],
+        vec![path.as_bytes().to_vec(), path.as_bytes().to_vec(), file(b"x")],
+    ] {
+        let parts: Vec<&[u8]> = wrong.iter().map(Vec::as_slice).collect();
+        let (status, body, got) = upload(&parts);
+        assert_eq!((status.as_str(), got.len()), ("400", 0), "{body}");
+        assert!(body.contains("one field path"), "{body}");
+    }
 }
 
 #[test]

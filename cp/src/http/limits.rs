@@ -54,3 +54,7 @@ pub const ACCEPTS_PER_TURN: usize = 64;
 pub const WIRE_ROUNDS: usize = 16;
 /// Reads of one connection in one turn of the loop.
 pub const READS_PER_TURN: usize = 4;
+
+/// How much of an uploaded file is held until its path is known, in bytes; also part of
+/// [`MAX_BUFFERED_BODIES`].
+pub const MAX_HELD_FILE: usize = 1024 * 1024;

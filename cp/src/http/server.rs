@@ -95,7 +95,7 @@ pub struct Server {
     pub(super) wire_failures: FailureLimiter<IpAddr>,
     /// Streams of wire clients whose receiving side had no room.
     pub(super) stalled: BTreeSet<(u64, StreamId)>,
-    bodies: Budget,
+    pub(super) bodies: Budget,
     buffer: Vec<u8>,
     next_id: u64,
     started: Instant,

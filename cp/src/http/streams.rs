@@ -1,8 +1,9 @@
 //! Carries out relays and uploads: bytes between a client and a stream to a host, each side held back
 //! while the other does not keep up.
 
+use super::client::overloaded;
 use super::handler::{Flow, Relay, Response, Upload, encode};
-use super::limits::OUTPUT_HIGH_WATER;
+use super::limits::{MAX_HELD_FILE, OUTPUT_HIGH_WATER};
 use super::multipart::{Multipart, Part};
 use super::server::Server;
 use super::task::{Outbox, Relaying, TaskId, Uploading, Wait};
@@ -210,6 +211,8 @@ impl Server {
             target: upload.target,
             multipart,
             path: None,
+            has_file: false,
+            held: (0, self.bodies.share()),
             call: None,
             is_open: false,
             outbox: Outbox::default(),
@@ -247,33 +250,74 @@ impl Server {
             }
         };
         for part in parts {
-            let Some((_, upload)) = self.upload_of(client_id) else { return };
-            match part {
-                Part::Field { name, value } if name == "path" => upload.path = Some(value),
-                Part::Field { .. } | Part::End => {}
+            let taken = match part {
+                Part::Field { name, value } if name == "path" => self.on_path(id, value),
+                Part::Field { .. } | Part::End => Ok(()),
                 Part::FileStart => self.on_file_start(id),
-                Part::FileData(bytes) => upload.outbox.push(CHANNEL_FILE, bytes),
+                Part::FileData(bytes) => self.on_file_data(id, bytes),
                 Part::FileEnd => {
-                    upload.file_ended = true;
-                    upload.outbox.finish();
+                    if let Some((_, upload)) = self.upload_of(client_id) {
+                        upload.file_ended = true;
+                        upload.outbox.finish();
+                    }
+                    Ok(())
                 }
+            };
+            if let Err(response) = taken {
+                return self.end_upload(id, Err(response));
             }
         }
         self.pump_upload(id);
     }
 
-    fn on_file_start(&mut self, id: TaskId) {
+    fn on_path(&mut self, id: TaskId, path: String) -> Result<(), Response> {
+        let Some(Wait::Upload(upload)) = self.tasks.get_mut(&id).map(|t| &mut t.wait) else { return Ok(()) };
+        if path.is_empty() || upload.path.is_some() {
+            return Err(wrong_fields());
+        }
+        upload.path = Some(path);
+        if upload.has_file {
+            self.open_file(id);
+        }
+        Ok(())
+    }
+
+    fn on_file_start(&mut self, id: TaskId) -> Result<(), Response> {
+        let Some(Wait::Upload(upload)) = self.tasks.get_mut(&id).map(|t| &mut t.wait) else { return Ok(()) };
+        if std::mem::replace(&mut upload.has_file, true) {
+            return Err(wrong_fields());
+        }
+        if upload.path.is_some() {
+            self.open_file(id);
+        }
+        Ok(())
+    }
+
+    /// Bytes of the file; where its path has not come they are held, within a bound.
+    fn on_file_data(&mut self, id: TaskId, bytes: Vec<u8>) -> Result<(), Response> {
+        let Some(Wait::Upload(upload)) = self.tasks.get_mut(&id).map(|t| &mut t.wait) else { return Ok(()) };
+        if upload.call.is_none() {
+            let (held, share) = &mut upload.held;
+            *held += bytes.len();
+            if *held > MAX_HELD_FILE {
+                let message = format!(
+                    "the field path must come before the field file when the file has over {MAX_HELD_FILE} bytes"
+                );
+                return Err(Response::error(400, "invalid_request", &message));
+            }
+            if !share.grow(bytes.len()) {
+                return Err(overloaded());
+            }
+        }
+        upload.outbox.push(CHANNEL_FILE, bytes);
+        Ok(())
+    }
+
+    /// Both the path and the beginning of the file are there.
+    fn open_file(&mut self, id: TaskId) {
         let call = self.fresh_id();
         let Some(Wait::Upload(upload)) = self.tasks.get_mut(&id).map(|t| &mut t.wait) else { return };
-        let path = upload.path.as_deref().filter(|p| !p.is_empty());
-        let (Some(path), None) = (path, upload.call) else {
-            let response = Response::error(
-                400,
-                "invalid_request",
-                "the multipart body needs one field path, before one field file",
-            );
-            return self.end_upload(id, Err(response));
-        };
+        let path = upload.path.as_deref().unwrap_or_default();
         let write = FileWrite { path: path.into(), user: String::new(), mode: UPLOAD_MODE };
         let forward = Forward { capsule_id: upload.target.capsule_id.clone() };
         upload.call = Some(call);
@@ -294,7 +338,9 @@ impl Server {
         let Wait::Upload(upload) = &mut task.wait else { return };
         let is_empty = match upload.call {
             Some(call) if upload.is_open => pump(&mut self.hosts, call, &mut upload.outbox),
-            _ => upload.outbox.is_empty(),
+            Some(_) => upload.outbox.is_empty(),
+            // What is held for its path is bounded elsewhere.
+            None => true,
         };
         let is_done = upload.is_written && upload.body_ended;
         if let Some(client_id) = task.client
@@ -318,6 +364,9 @@ impl Server {
         if !upload.file_ended || !upload.multipart.is_complete() {
             let message = "the multipart body ended without a complete field file";
             return self.end_upload(id, Err(Response::error(400, "invalid_request", message)));
+        }
+        if upload.call.is_none() {
+            return self.end_upload(id, Err(wrong_fields()));
         }
         self.pump_upload(id);
     }
@@ -358,4 +407,10 @@ impl Server {
         let flow: Flow = (upload.then)(result);
         self.run_task(id, flow);
     }
+}
+
+/// What an upload has to have.
+fn wrong_fields() -> Response {
+    let message = "the multipart body needs one field path, which is not empty, and one field file";
+    Response::error(400, "invalid_request", message)
 }

@@ -3,6 +3,7 @@
 
 use super::handler::{HostContinuation, MessageContinuation, PauseContinuation};
 use super::multipart::Multipart;
+use crate::budget::Share;
 use crate::hosts::relay::{Translator, UploadContinuation};
 use crate::hosts::sessions::CallId;
 use crate::proxy::exchange::Exchange;
@@ -151,7 +152,11 @@ pub struct Uploading {
     pub multipart: Multipart,
     /// The `path` field.
     pub path: Option<String>,
-    /// The stream, once the file has begun.
+    /// Whether the file has begun.
+    pub has_file: bool,
+    /// Bytes of the file that came before its path, and their share in what may be held in all.
+    pub held: (usize, Share),
+    /// The stream, once the file has begun and its path is known.
     pub call: Option<CallId>,
     /// Whether the stream is open.
     pub is_open: bool,
