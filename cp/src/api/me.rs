@@ -3,7 +3,7 @@
 use super::fields::{Fields, invalid};
 use super::login::{auth_response, own_account, refused};
 use super::principal::{Principal, unauthorized};
-use super::teams::end;
+use super::teams::{end, revoke_keys_of};
 use crate::audit::{self, Event};
 use crate::auth::limiter::Attempt;
 use crate::auth::password::{self, StoredPassword};
@@ -100,6 +100,7 @@ pub fn delete(request: Request, context: &Arc<Context>) -> Flow {
             }
             for membership in teams::of_user(sql, &user.id)? {
                 if membership.role != Role::Owner {
+                    revoke_keys_of(sql, &principal, &membership.team.id, &user.id)?;
                     continue;
                 }
                 if teams::members(sql, &membership.team.id)?.len() > 1 {

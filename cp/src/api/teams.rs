@@ -5,7 +5,7 @@ use super::principal::{Principal, forbidden};
 use crate::audit::{self, Event};
 use crate::auth::id::{Kind, new_slug};
 use crate::db::teams::{self, Member, Role};
-use crate::db::{Sql, Stop, capsules, users};
+use crate::db::{Sql, Stop, api_keys, capsules, users};
 use crate::http::context::Context;
 use crate::http::handler::{Flow, Request, Response, Step};
 use serde_json::json;
@@ -195,6 +195,22 @@ pub fn set_role(request: Request, context: &Arc<Context>) -> Flow {
     })
 }
 
+/// Revokes the keys that somebody has made for a team that they leave, each with an audit entry: whoever made
+/// a key may have kept it, and would act for the team with it as before.
+pub(super) fn revoke_keys_of(
+    sql: &mut dyn Sql,
+    principal: &Principal,
+    team_id: &str,
+    user_id: &str,
+) -> Result<(), Stop> {
+    for (id, name) in api_keys::delete_made_by(sql, team_id, user_id)? {
+        let details = json!({"name": name, "reason": "who made it has left the team"});
+        let event = Event::new(Some(team_id), "api_key.delete", &id).with(details);
+        audit::write(sql, &principal.actor, &event)?;
+    }
+    Ok(())
+}
+
 /// `DELETE /v1/teams/{id}/members/{uid}`.
 pub fn remove_member(request: Request, context: &Arc<Context>) -> Flow {
     let context = Arc::clone(context);
@@ -203,6 +219,7 @@ pub fn remove_member(request: Request, context: &Arc<Context>) -> Flow {
             let principal = manager(sql, &context, &request)?;
             let member = changeable(sql, &principal, &request)?;
             teams::remove_member(sql, &principal.team_id, &member.user_id)?;
+            revoke_keys_of(sql, &principal, &principal.team_id, &member.user_id)?;
             let event = Event::new(Some(&principal.team_id), "member.remove", &member.user_id);
             Ok(audit::write(sql, &principal.actor, &event)?)
         })?;
@@ -220,6 +237,7 @@ pub fn leave(request: Request, context: &Arc<Context>) -> Flow {
                 return Err(forbidden("the owner cannot leave the team; delete it instead").into());
             }
             teams::remove_member(sql, &principal.team_id, principal.actor.id())?;
+            revoke_keys_of(sql, &principal, &principal.team_id, principal.actor.id())?;
             let event = Event::new(Some(&principal.team_id), "member.leave", principal.actor.id());
             Ok(audit::write(sql, &principal.actor, &event)?)
         })?;

@@ -107,6 +107,24 @@ pub fn delete(sql: &mut dyn Sql, team_id: &str, id: &str) -> Result<Option<Strin
     row.map(|row| column(&row, "name")).transpose()
 }
 
+/// Revokes the keys that somebody made for a team, and gives their ids and names.
+///
+/// # Errors
+/// What the database says.
+pub fn delete_made_by(
+    sql: &mut dyn Sql,
+    team_id: &str,
+    user_id: &str,
+) -> Result<Vec<(String, String)>, DbError> {
+    sql.rows(
+        "delete from api_keys where team_id = $1 and created_by = $2 returning id, name",
+        &[&team_id, &user_id],
+    )?
+    .iter()
+    .map(|row| Ok((column(row, "id")?, column(row, "name")?)))
+    .collect()
+}
+
 /// Whose key it is, and whether its use should be noted.
 #[derive(Debug, Clone)]
 pub struct KeyHolder {

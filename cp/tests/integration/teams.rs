@@ -49,6 +49,54 @@ fn members_come_act_by_their_role_and_go() {
 }
 
 #[test]
+fn keys_of_those_who_leave_are_revoked_in_that_team_only() {
+    let mut stage = Stage::new();
+    let owner = stage.person(ADMIN);
+    let auth = ("authorization", owner.as_str());
+    let owners_key = stage.api_key(&owner);
+    let team = text(&json(&stage.request(Get, "/v1/teams", auth, ""))[0]["id"]);
+    let members = format!("/v1/teams/{team}/members");
+    let at_home = stage.person("member@example.com");
+    let home_key = stage.api_key(&at_home);
+    let works =
+        |stage: &mut Stage, key: &str| stage.request(Get, "/v1/capsules", ("x-api-key", key), "").status;
+    for way in ["remove", "leave", "delete"] {
+        let added = stage.request(Post, &members, auth, r#"{"email":"member@example.com"}"#);
+        assert_eq!(added.status, 201, "{:?}", added.error_message());
+        let switch = json!({"team_id": team}).to_string();
+        let switched = stage.request(Post, "/v1/auth/switch-team", ("authorization", &at_home), &switch);
+        let member = format!("Bearer {}", text(&json(&switched)["token"]));
+        let key = stage.api_key(&member);
+        assert_eq!((works(&mut stage, &key), works(&mut stage, &home_key)), (200, 200));
+        let gone = match way {
+            "remove" => {
+                let one = format!("{members}/{}", text(&json(&added)["user_id"]));
+                stage.request(Delete, &one, auth, "")
+            }
+            "leave" => {
+                stage.request(Post, &format!("/v1/teams/{team}/leave"), ("authorization", &member), "")
+            }
+            _ => {
+                let body = r#"{"confirmation":"member@example.com"}"#;
+                stage.request(Delete, "/v1/me", ("authorization", &at_home), body)
+            }
+        };
+        assert_eq!(gone.status, 204, "{way}: {:?}", gone.error_message());
+        assert_eq!(works(&mut stage, &key), 401, "{way}");
+        assert_eq!(works(&mut stage, &owners_key), 200, "{way}");
+        assert_eq!(works(&mut stage, &home_key), if way == "delete" { 401 } else { 200 }, "{way}");
+    }
+    let told = crate::postgres::client(&stage.url)
+        .query(
+            "select id from audit_log where action = 'api_key.delete' and team_id = $1
+             and metadata ->> 'reason' = 'who made it has left the team'",
+            &[&team],
+        )
+        .expect("query");
+    assert_eq!(told.len(), 3);
+}
+
+#[test]
 fn teams_are_made_and_people_found() {
     let mut stage = Stage::new();
     let bearer = stage.person(ADMIN);
