@@ -14,6 +14,8 @@ use wire::message::{CapsuleState, Done};
 
 /// How long a host may take to replace a capsule's rules, in milliseconds.
 const CHANGE_TIMEOUT_MS: u64 = 15_000;
+/// After how long a change is no longer waited for, in seconds: its control plane was stopped meanwhile.
+const ABANDONED_SEC: f64 = 20.0;
 /// What it is called in the audit log.
 const EVENT: &str = "capsule.network";
 
@@ -43,7 +45,11 @@ pub fn change(request: Request, context: &Arc<Context>) -> Flow {
             let capsule = find(sql, &principal, request.param("id"))?;
             let target = target(&capsule)?;
             let fields = fields(&request)?;
-            let stored = networks::begin(sql, &capsule.id)?;
+            let stored = networks::begin(sql, &capsule.id, ABANDONED_SEC)?.ok_or_else(|| {
+                let message = "another change of the capsule's network is under way; look at what holds then, \
+                               and try again";
+                Response::error(409, "conflict", message)
+            })?;
             let network = stored.network.with("", &fields).map_err(|e| invalid(&e.to_string()))?;
             Ok(Change { principal, target, network, revision: stored.revision })
         })?;
@@ -83,6 +89,7 @@ impl Change {
             match result {
                 Ok(_) => {
                     db.transaction(|sql| {
+                        networks::end(sql, id, self.revision)?;
                         // Where a later change was noted first, that is what holds on the host as well.
                         networks::finish(sql, id, &self.network, self.revision)?;
                         Ok(audit::write(sql, &self.principal.actor, &event)?)
@@ -92,6 +99,7 @@ impl Change {
                 Err(error) => {
                     let reason = error.to_string();
                     db.transaction(|sql| {
+                        networks::end(sql, id, self.revision)?;
                         Ok(audit::write(sql, &self.principal.actor, &event.clone().failed(&reason))?)
                     })?;
                     Err(error.into())

@@ -44,6 +44,7 @@ migrations! {
     7 "api keys by prefix" "0007_api_keys_by_prefix.sql",
     8 "room of hosts" "0008_host_room.sql",
     9 "orphans" "0009_orphans.sql",
+    10 "network changes" "0010_network_changes.sql",
 }
 
 /// Why the database was not migrated.

@@ -31,22 +31,38 @@ pub fn get(sql: &mut dyn Sql, capsule_id: &str) -> Result<Network, DbError> {
     row.map_or_else(|| Ok(Network::default()), |row| network(json_column(&row, "network")?))
 }
 
-/// Begins a change: what holds, and the change's own number.
+/// Begins a change: what holds, and the change's own number. `None` while another is under way, for
+/// `abandoned_sec` seconds at most: whoever began that one may be gone.
 ///
 /// # Errors
 /// What the database says.
-pub fn begin(sql: &mut dyn Sql, capsule_id: &str) -> Result<Stored, DbError> {
+pub fn begin(sql: &mut dyn Sql, capsule_id: &str, abandoned_sec: f64) -> Result<Option<Stored>, DbError> {
     let row = sql.row(
-        "update capsules set network_revision = network_revision + 1 where id = $1
+        "update capsules set network_revision = network_revision + 1, network_changing_since = now()
+         where id = $1 and (network_changing_since is null
+             or network_changing_since < now() - make_interval(secs => $2))
          returning network::text as network, network_revision",
-        &[&capsule_id],
+        &[&capsule_id, &abandoned_sec],
     )?;
-    let row = row.ok_or_else(|| DbError::Bug(format!("capsule {capsule_id} is gone")))?;
+    let Some(row) = row else { return Ok(None) };
     let revision: i64 = column(&row, "network_revision")?;
-    Ok(Stored {
+    Ok(Some(Stored {
         network: network(json_column(&row, "network")?)?,
         revision: u64::try_from(revision).unwrap_or(0),
-    })
+    }))
+}
+
+/// Lets others begin a change again, unless a later one than this has begun.
+///
+/// # Errors
+/// What the database says.
+pub fn end(sql: &mut dyn Sql, capsule_id: &str, revision: u64) -> Result<(), DbError> {
+    let revision = i64::try_from(revision).unwrap_or(i64::MAX);
+    sql.execute(
+        "update capsules set network_changing_since = null where id = $1 and network_revision = $2",
+        &[&capsule_id, &revision],
+    )?;
+    Ok(())
 }
 
 /// Notes a change that its host has made; `false` when a later one was noted already.

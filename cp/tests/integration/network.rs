@@ -3,6 +3,7 @@
 use crate::stage::{ADMIN, Stage, error, json, text};
 use serde_json::{Value, json};
 use wire::message::{CapsuleCreate, CapsuleMetrics, CapsuleNetwork, Code, Error, Message};
+use wrenn_cp::db::{Database, networks};
 use wrenn_cp::http::handler::HostError;
 use wrenn_cp::http::handler::Method::{Delete, Get, Patch, Post};
 use wrenn_cp::http::handler::{Method, Response};
@@ -149,4 +150,51 @@ fn only_what_runs_has_a_policy_that_can_be_changed_and_metrics() {
     assert_eq!(team.stage.hosts[0].networks, []);
     let nobody = "/v1/capsules/cl-0000000000000000000000000/network";
     assert_eq!(team.ask(Patch, nobody, &json!({"allow_internet": true})).status, 404);
+}
+
+#[test]
+fn one_change_at_a_time() {
+    let mut team = Team::new();
+    let path = team.create(&json!({"network": {"allow_internet": true}}));
+    let network = format!("{path}/network");
+    let id = path.rsplit('/').next().expect("an id").to_string();
+    let url = team.stage.url.clone();
+    // Of those that begin at the same time one does.
+    let begun: Vec<u64> = std::thread::scope(|scope| {
+        let begin = || {
+            scope.spawn(|| {
+                let mut db = Database::connect(&url).expect("connect");
+                db.transaction(|sql| Ok(networks::begin(sql, &id, 20.0)?)).expect("begin")
+            })
+        };
+        let threads: Vec<_> = (0..8).map(|_| begin()).collect();
+        threads.into_iter().filter_map(|t| t.join().expect("no panic")).map(|s| s.revision).collect()
+    });
+    assert_eq!(begun, [1]);
+    let answer = team.ask(Patch, &network, &json!({"deny": ["8.8.8.8"]}));
+    assert_eq!(refused(&answer), (409, "conflict".to_string()));
+    assert!(team.stage.hosts[0].networks.is_empty());
+    // An earlier one does not end a later one, its own end does.
+    let end = |revision| {
+        let mut db = Database::connect(&url).expect("connect");
+        db.transaction(|sql| Ok(networks::end(sql, &id, revision)?)).expect("end");
+    };
+    end(0);
+    assert_eq!(team.ask(Patch, &network, &json!({"deny": ["8.8.8.8"]})).status, 409);
+    end(1);
+    assert_eq!(team.ask(Patch, &network, &json!({"deny": ["8.8.8.8"]})).status, 200);
+    // One that failed, or whose control plane is gone, holds nobody up.
+    team.stage.hosts[0].failures.push_back(HostError::Remote(Error::new(Code::Internal, "nft")));
+    assert_eq!(team.ask(Patch, &network, &json!({"deny": []})).status, 502);
+    assert_eq!(team.ask(Patch, &network, &json!({"allow": ["1.1.1.1"]})).status, 200);
+    crate::postgres::client(&url)
+        .execute("update capsules set network_changing_since = now() - interval '1 minute'", &[])
+        .expect("update");
+    let answer = team.ask(Patch, &network, &json!({"allow_internet": false}));
+    assert_eq!(answer.status, 200);
+    let told = json(&answer);
+    assert_eq!(
+        (&told["allow"][0]["cidr"], &told["deny"][0]["cidr"]),
+        (&json!("1.1.1.1/32"), &json!("8.8.8.8/32"))
+    );
 }
