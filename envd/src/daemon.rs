@@ -250,7 +250,9 @@ impl Daemon {
     fn on_signals(&mut self) {
         while let Some(number) = signal::next(&self.signals) {
             if number == libc::SIGCHLD {
-                self.with_supervisor(Supervisor::on_child_ended);
+                for (pid, exit) in self.with_supervisor(Supervisor::on_child_ended) {
+                    self.files.on_helper_ended(pid, exit, &mut self.connections);
+                }
             } else {
                 self.stopping = true;
             }

@@ -41,8 +41,7 @@ impl Daemon {
                         self.with_supervisor(|s, shell| s.on_input(id, piece, shell));
                     }
                     Some(Task::File) => {
-                        self.files.on_data(key, &bytes, &mut self.connections);
-                        self.connections.release(key, cost);
+                        self.files.on_data(key, bytes, cost, &mut self.connections);
                     }
                     Some(Task::Port(id)) => {
                         self.with_ports(|p, shell| p.on_data(id, bytes, cost, shell));
@@ -85,7 +84,7 @@ impl Daemon {
             Task::Owner(_) | Task::Watcher(_) => {
                 self.with_supervisor(|s, shell| s.on_stream_gone(key, task, shell));
             }
-            Task::File => self.files.on_stream_gone(key),
+            Task::File => self.files.on_stream_gone(key, &mut self.connections),
             Task::Port(id) => self.ports.on_stream_gone(id),
             Task::Sampler => self.sampler.on_stream_gone(key),
         }

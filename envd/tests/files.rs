@@ -142,6 +142,29 @@ fn a_write_that_breaks_off_leaves_the_old_file() {
     assert!(place.0.join("link").symlink_metadata().expect("there").is_symlink());
 }
 
+/// More than is taken in before what came first is on the disk.
+#[test]
+fn large_content_goes_to_the_disk_apart_and_breaks_off_cleanly() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let files = daemon.open_files();
+    let place = Place::new("large");
+    let content: Vec<u8> = (0..40_000_000u32).map(|i| (i % 251) as u8).collect();
+    let entry = write(&mut client, place.path("file"), ROOT, 0o600, &content).expect("written");
+    assert_eq!((entry.size, entry.mode & 0o7777), (40_000_000, 0o600));
+    assert!(std::fs::read(place.0.join("file")).expect("there") == content);
+    // Each leaves content that was not dealt with yet: its credit has to come back.
+    for _ in 0..8 {
+        let stream = client.open(&FileWrite { path: place.path("half"), user: ROOT.into(), mode: 0 }, false);
+        client.send_all(stream, CHANNEL_FILE, &content[..17_000_000]);
+        client.session.reset(stream, Code::Cancelled, "gone");
+    }
+    let entry = write(&mut client, place.path("after"), ROOT, 0o600, &content).expect("written");
+    assert_eq!(entry.size, 40_000_000);
+    assert_eq!(names_in(&place.0), ["after", "file"]);
+    daemon.wait_until_clean(files);
+}
+
 #[test]
 fn accesses_are_the_users_own() {
     let daemon = Daemon::start();

@@ -24,6 +24,8 @@ use crate::connection::{Connections, StreamKey, Task};
 use crate::process::request::{self, Defaults, errno_error};
 use crate::process::supervisor::Shell;
 use crate::sys::credentials::ActingAs;
+use crate::sys::file::Sync;
+use crate::sys::signal::Exit;
 use crate::sys::syscall::Errno;
 use crate::sys::{Fd, file};
 use crate::token::Token;
@@ -44,12 +46,15 @@ use wire::message::{
     Code, Done, Error, FileEntry, FileList, FileMakeDirectory, FileMove, FileRead, FileRemove, FileStat,
     FileWatch, FileWrite,
 };
-use write::Writing;
+use write::{Next, Writing};
 
 /// Jobs that may run at once.
 const MAX_JOBS: usize = 1024;
 /// Watches that may be open at once: each is an inotify instance, of which the kernel gives a user 128.
 const MAX_WATCHES: usize = 64;
+
+/// Processes that bring written files to the disk, at once. For more, envd waits itself.
+const MAX_HELPERS: usize = 16;
 
 /// Who an access is made for.
 pub(super) struct Actor {
@@ -106,6 +111,8 @@ pub(super) enum Progress {
 #[derive(Default)]
 pub struct Files {
     jobs: BTreeMap<StreamKey, Box<Job>>,
+    /// Which write a helper works for, by its process id.
+    helpers: BTreeMap<u32, StreamKey>,
 }
 
 impl Files {
@@ -241,20 +248,72 @@ impl Files {
         self.begin(key, Job::Watch(watch), shell.connections)
     }
 
-    /// Content came for a file.
-    pub fn on_data(&mut self, key: StreamKey, bytes: &[u8], connections: &mut Connections) {
-        let Some(Job::Write(writing)) = self.jobs.get_mut(&key).map(|j| &mut **j) else { return };
-        if let Err(error) = writing.add(bytes) {
-            self.jobs.remove(&key);
-            connections.fail(key, &error);
+    fn writing(&mut self, key: StreamKey) -> Option<&mut Writing> {
+        match self.jobs.get_mut(&key).map(|j| &mut **j) {
+            Some(Job::Write(writing)) => Some(writing),
+            _ => None,
+        }
+    }
+
+    /// Content came for a file, at this cost of the stream's credit.
+    pub fn on_data(&mut self, key: StreamKey, bytes: Vec<u8>, cost: u32, connections: &mut Connections) {
+        match self.writing(key) {
+            Some(writing) => {
+                writing.add(bytes, cost);
+                self.go_on_writing(key, connections);
+            }
+            None => connections.release(key, cost),
         }
     }
 
     /// A stream's other half has ended: a written file is complete.
     pub fn on_finished(&mut self, key: StreamKey, connections: &mut Connections) {
-        if !matches!(self.jobs.get(&key).map(|j| &**j), Some(Job::Write(_))) {
-            return;
+        if let Some(writing) = self.writing(key) {
+            writing.complete();
+            self.go_on_writing(key, connections);
         }
+    }
+
+    /// A child has ended that is no process of the supervisor's: a helper, where it is known here.
+    pub fn on_helper_ended(&mut self, pid: u32, exit: Exit, connections: &mut Connections) {
+        let Some(key) = self.helpers.remove(&pid) else { return };
+        match self.writing(key).map(|writing| writing.on_synced(exit)) {
+            Some(Ok(true)) => self.end_writing(key, connections),
+            Some(Ok(false)) => self.go_on_writing(key, connections),
+            Some(Err(error)) => self.fail(key, &error, connections),
+            // Its stream has gone meanwhile.
+            None => {}
+        }
+    }
+
+    fn go_on_writing(&mut self, key: StreamKey, connections: &mut Connections) {
+        // A sync that had to be waited for here leaves more to be done; each round brings a piece to the
+        // disk, of which a stream's window holds one at most.
+        loop {
+            let may_fork = self.helpers.len() < MAX_HELPERS;
+            let Some(writing) = self.writing(key) else { return };
+            let mut released = 0;
+            let result = writing.go_on(&mut released).and_then(|next| match next {
+                Next::Sync(sync) => Ok((next, writing.start_sync(sync, may_fork)?)),
+                Next::More | Next::Commit => Ok((next, None)),
+            });
+            connections.release(key, released);
+            match result {
+                Ok((Next::Sync(_), Some(pid))) => {
+                    self.helpers.insert(pid, key);
+                    return;
+                }
+                Ok((Next::Sync(Sync::Content), None)) => {}
+                Ok((Next::Sync(Sync::Whole) | Next::Commit, None)) => {
+                    return self.end_writing(key, connections);
+                }
+                Ok(_) => return,
+                Err(error) => return self.fail(key, &error, connections),
+            }
+        }
+    }
+
+    fn end_writing(&mut self, key: StreamKey, connections: &mut Connections) {
         if let Some(job) = self.jobs.remove(&key)
             && let Job::Write(writing) = *job
         {
@@ -265,6 +324,11 @@ impl Files {
         }
     }
 
+    fn fail(&mut self, key: StreamKey, error: &Error, connections: &mut Connections) {
+        self.on_stream_gone(key, connections);
+        connections.fail(key, error);
+    }
+
     /// A stream can take more content.
     pub fn on_writable(&mut self, key: StreamKey) {
         if let Some(Job::Read(reading)) = self.jobs.get_mut(&key).map(|j| &mut **j) {
@@ -273,7 +337,9 @@ impl Files {
     }
 
     /// A stream is gone, and with it what was half done.
-    pub fn on_stream_gone(&mut self, key: StreamKey) {
+    pub fn on_stream_gone(&mut self, key: StreamKey, connections: &mut Connections) {
+        let unreleased = self.writing(key).map_or(0, |writing| writing.unreleased());
+        connections.release(key, unreleased);
         self.jobs.remove(&key);
     }
 

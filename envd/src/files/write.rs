@@ -4,8 +4,11 @@
 use super::entry::{Names, describe};
 use super::{Actor, about, make_directories, open_directory, split};
 use crate::process::request::errno_error;
+use crate::sys::file::Sync;
+use crate::sys::signal::Exit;
 use crate::sys::syscall::Errno;
 use crate::sys::{Fd, clock, file};
+use alloc::collections::VecDeque;
 use alloc::ffi::CString;
 use alloc::format;
 use alloc::vec::Vec;
@@ -13,6 +16,11 @@ use wire::message::{Code, Error, FileEntry};
 
 /// Permission bits of directories that are made on the way.
 const PARENT_MODE: u32 = 0o755;
+/// Bytes that are written before they are brought to the disk, while as many more are taken in: so envd never
+/// waits for the disk, neither at the end nor because the kernel makes who has written much wait.
+const PIECE: u64 = 8 << 20;
+/// Bytes whose way to the disk envd waits for itself: less work than a helper.
+const MAX_AT_ONCE: u64 = 256 << 10;
 /// Symbolic links followed from the path to the file that is replaced.
 const MAX_LINKS: usize = 16;
 
@@ -28,7 +36,26 @@ pub struct Writing {
     mode: u32,
     /// Owner and group to keep, where the user may set them.
     owner: Option<(u32, u32)>,
+    /// Bytes since the last time that the content was being brought to the disk.
+    unsynced: u64,
+    /// A helper brings it to the disk.
+    syncing: Option<Sync>,
+    /// What came meanwhile, once there is too much that is not on the disk. Bounded by the stream's window.
+    waiting: VecDeque<(Vec<u8>, u32)>,
+    /// There is no more to come.
+    complete: bool,
     done: bool,
+}
+
+/// What a write wants next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// More content, or the end of what a helper does.
+    More,
+    /// A helper that waits for this.
+    Sync(Sync),
+    /// [`Writing::commit`].
+    Commit,
 }
 
 impl Writing {
@@ -42,7 +69,21 @@ impl Writing {
             Ok(Prepared { directory, name, temporary, fd, mode, owner }) => {
                 // Only root may give files away.
                 let owner = owner.filter(|_| actor.user.uid == 0);
-                Ok(Writing { actor, path, directory, name, temporary, fd, mode, owner, done: false })
+                Ok(Writing {
+                    actor,
+                    path,
+                    directory,
+                    name,
+                    temporary,
+                    fd,
+                    mode,
+                    owner,
+                    unsynced: 0,
+                    syncing: None,
+                    waiting: VecDeque::new(),
+                    complete: false,
+                    done: false,
+                })
             }
             Err(Errno(libc::ENOTSUP)) => {
                 let text =
@@ -57,24 +98,86 @@ impl Writing {
         errno_error(&about("cannot write", &self.path), e)
     }
 
-    /// Writes more.
-    pub fn add(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        self.fd.write_all(bytes).map_err(|e| self.failed(e))
+    /// Takes more content, with what it costs of the stream's credit.
+    pub fn add(&mut self, bytes: Vec<u8>, cost: u32) {
+        self.waiting.push_back((bytes, cost));
     }
 
-    /// Puts the file in its place.
-    pub fn commit(mut self) -> Result<FileEntry, Error> {
+    /// There is no more content.
+    pub fn complete(&mut self) {
+        self.complete = true;
+    }
+
+    /// What is to be given back of the stream's credit when the write ends early.
+    pub fn unreleased(&self) -> u32 {
+        self.waiting.iter().map(|(_, cost)| cost).sum()
+    }
+
+    /// Writes what has come, unless too much is not on the disk yet; gives what is to be done next, and adds
+    /// up the credit of what was dealt with.
+    pub fn go_on(&mut self, released: &mut u32) -> Result<Next, Error> {
+        while self.syncing.is_none() || self.unsynced < PIECE {
+            let Some((bytes, cost)) = self.waiting.pop_front() else { break };
+            *released += cost;
+            self.fd.write_all(&bytes).map_err(|e| self.failed(e))?;
+            self.unsynced += bytes.len() as u64;
+        }
+        Ok(if self.syncing.is_some() {
+            Next::More
+        } else if self.complete {
+            self.prepare_end()?;
+            if self.unsynced <= MAX_AT_ONCE {
+                file::sync(&self.fd).map_err(|e| self.failed(e))?;
+                Next::Commit
+            } else {
+                Next::Sync(Sync::Whole)
+            }
+        } else if self.unsynced >= PIECE {
+            Next::Sync(Sync::Content)
+        } else {
+            Next::More
+        })
+    }
+
+    /// Starts a helper, whose process id this is. Without one it is waited for here.
+    pub fn start_sync(&mut self, sync: Sync, may_fork: bool) -> Result<Option<u32>, Error> {
+        self.unsynced = 0;
+        let helper = if may_fork { file::sync_apart(&self.fd, sync).ok() } else { None };
+        match helper {
+            Some(_) => self.syncing = Some(sync),
+            None => file::sync(&self.fd).map_err(|e| self.failed(e))?,
+        }
+        Ok(helper)
+    }
+
+    /// The helper has ended. Whether the file is whole on the disk.
+    pub fn on_synced(&mut self, exit: Exit) -> Result<bool, Error> {
+        let sync = self.syncing.take();
+        match exit {
+            Exit { code: 0, signal: 0 } => Ok(sync == Some(Sync::Whole)),
+            Exit { code, signal: 0 } => Err(self.failed(Errno(code as i32))),
+            // Something in the guest has killed it.
+            _ => {
+                file::sync(&self.fd).map_err(|e| self.failed(e))?;
+                Ok(sync == Some(Sync::Whole))
+            }
+        }
+    }
+
+    /// Owner and permissions, before the last sync.
+    fn prepare_end(&self) -> Result<(), Error> {
         let _acting = self.actor.act()?;
-        let result = self
-            .owner
+        self.owner
             .map_or(Ok(()), |(uid, gid)| file::set_owner(&self.fd, uid, gid))
             .and_then(|()| file::set_mode(&self.fd, self.mode))
-            .and_then(|()| file::sync(&self.fd))
-            .and_then(|()| {
-                let at = self.directory.raw();
-                file::rename(at, &self.temporary, at, &self.name)
-            });
-        result.map_err(|e| self.failed(e))?;
+            .map_err(|e| self.failed(e))
+    }
+
+    /// Puts the file, which is on the disk, in its place.
+    pub fn commit(mut self) -> Result<FileEntry, Error> {
+        let _acting = self.actor.act()?;
+        let at = self.directory.raw();
+        file::rename(at, &self.temporary, at, &self.name).map_err(|e| self.failed(e))?;
         self.done = true;
         describe(&self.path, &mut Names::default()).map_err(|e| self.failed(e))
     }

@@ -170,11 +170,12 @@ impl Supervisor {
         }
     }
 
-    /// Reaps every child that has ended.
-    pub fn on_child_ended(&mut self, shell: &mut Shell<'_>) {
+    /// Reaps every child that has ended, and gives those that are none of its processes.
+    pub fn on_child_ended(&mut self, shell: &mut Shell<'_>) -> Vec<(u32, Exit)> {
+        let mut others = Vec::new();
         // Bounded by the processes there are.
         for _ in 0..=MAX_PROCESSES {
-            let Some(pid) = signal::ended_child() else { return };
+            let Some(pid) = signal::ended_child() else { break };
             let id = self.by_pid.remove(&pid);
             if let Some(id) = id {
                 self.on_report(id, shell);
@@ -184,10 +185,13 @@ impl Supervisor {
                 }
             }
             let exit = signal::reap(pid);
-            if let (Some(id), Some(exit)) = (id, exit) {
-                self.on_exit(id, exit, shell);
+            match (id, exit) {
+                (Some(id), Some(exit)) => self.on_exit(id, exit, shell),
+                (None, Some(exit)) => others.push((pid, exit)),
+                (_, None) => {}
             }
         }
+        others
     }
 
     fn on_exit(&mut self, id: ProcessKey, exit: Exit, shell: &mut Shell<'_>) {

@@ -105,6 +105,20 @@ pub fn sanitize_inherited() -> Result<(), Errno> {
     Ok(())
 }
 
+/// In a process that was just forked: closes all descriptors above 2 but one, which is then 3. What is open
+/// only here would seem to be in use still.
+pub(super) fn keep_only(fd: &Fd) -> i32 {
+    const KEPT: i32 = 3;
+    // SAFETY: integer arguments. Nothing in this process uses the others any more.
+    unsafe {
+        if fd.raw() != KEPT {
+            let _ = syscall!(libc::SYS_dup3, fd.raw(), KEPT, 0);
+        }
+        let _ = syscall!(libc::SYS_close_range, KEPT + 1, u32::MAX, 0);
+    }
+    KEPT
+}
+
 /// Makes new files have exactly the permissions that envd asks for; its children get the usual mask.
 pub fn clear_umask() {
     // SAFETY: integer argument; it cannot fail.

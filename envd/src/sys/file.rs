@@ -148,6 +148,37 @@ pub fn sync(fd: &Fd) -> Result<(), Errno> {
     Ok(())
 }
 
+/// Has a file's content written to its device and waits for that, without its metadata.
+fn sync_content(fd: i32) -> Result<(), Errno> {
+    let flags =
+        libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: integer arguments; a length of 0 is the whole file.
+    uninterrupted(|| unsafe { syscall!(libc::SYS_sync_file_range, fd, 0, 0, flags) })?;
+    Ok(())
+}
+
+/// What a helper waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sync {
+    /// That the content so far is on the device.
+    Content,
+    /// That the file is on the device with all that is needed to find it.
+    Whole,
+}
+
+/// Waits in a process of its own, which ends with the errno as its exit code, 0 for none. Its process id.
+pub fn sync_apart(fd: &Fd, sync: Sync) -> Result<u32, Errno> {
+    super::boot::fork(|| {
+        let kept = super::fd::keep_only(fd);
+        let result = match sync {
+            Sync::Content => sync_content(kept),
+            // SAFETY: integer argument.
+            Sync::Whole => uninterrupted(|| unsafe { syscall!(libc::SYS_fsync, kept) }).map(drop),
+        };
+        result.err().map_or(0, |errno| errno.0)
+    })
+}
+
 /// Moves the position of an open file to an offset from its start.
 pub fn seek(fd: &Fd, offset: u64) -> Result<(), Errno> {
     // SAFETY: integer arguments.
