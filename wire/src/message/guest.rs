@@ -12,7 +12,9 @@ messages! {
     /// Tells the guest daemon what it could not know: sent by the agent after boot and each resume.
     /// Every other session of the agent's ends with it: after a resume nobody is at their other end.
     /// Until it has come, with the time and at least 32 bytes of randomness, a guest that was just started
-    /// or resumed answers all but this and `Health` with the error `unavailable`. Answered by `Done`.
+    /// or resumed answers all but this and `Health` with the error `unavailable`. That holds too for a guest
+    /// daemon that was ended and has started again: its sessions were cut, and what it ran before runs on,
+    /// but is not listed any more and its output is lost. Answered by `Done`.
     GuestInit = 0x0400 {
         /// Wall clock time, in microseconds since the epoch.
         time_us: u64,
