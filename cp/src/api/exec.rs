@@ -134,7 +134,7 @@ fn run(target: Target, command: Command) -> Flow {
         .max_data_bytes(MAX_OUTPUT_BYTES)
         .then(move |result| {
             let reply = result.map_err(|error| command.failed(error))?;
-            Step::respond(output(&target, &command, &reply)?)
+            reply.answer(move |reply| output(&target, &command, reply))
         })
 }
 

@@ -89,8 +89,10 @@ pub fn list(request: Request, context: &Arc<Context>) -> Flow {
     with_capsule(&request, context, move |target| {
         HostCall::forward(&target.host_id, &target.address, &target.capsule_id, &message?, TIMEOUT_MS).then(
             |result| {
-                let entries: Vec<Value> = result?.all::<FileEntry>()?.iter().map(entry).collect();
-                Step::respond(Response::json(200, &json!({"entries": entries})))
+                result?.answer(|reply| {
+                    let entries: Vec<Value> = reply.all::<FileEntry>()?.iter().map(entry).collect();
+                    Ok(Response::json(200, &json!({"entries": entries})))
+                })
             },
         )
     })

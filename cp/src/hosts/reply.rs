@@ -2,6 +2,7 @@
 
 use super::error::HostError;
 use crate::budget::Share;
+use crate::http::handler::{Flow, Response, Step};
 use std::collections::BTreeMap;
 use wire::message::{Error, Message};
 
@@ -9,6 +10,10 @@ use wire::message::{Error, Message};
 pub const MAX_REPLY_MESSAGES: usize = 65_536;
 /// The most bytes that a reply's messages may have together.
 pub const MAX_REPLY_MESSAGE_BYTES: usize = 16 * 1024 * 1024;
+
+/// From how many bytes on a reply is put into JSON by a worker: a listing of so many takes the event loop
+/// 4 ms, and one of the most that may come 2 s.
+pub const LARGE_REPLY_BYTES: usize = 32 * 1024;
 
 /// A complete answer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -49,6 +54,25 @@ impl Reply {
     /// The bytes of a channel; empty when there were none.
     pub fn channel(&self, channel: u8) -> &[u8] {
         self.channels.get(&channel).map_or(&[], Vec::as_slice)
+    }
+
+    /// Whether it has [`LARGE_REPLY_BYTES`] or more.
+    pub fn is_large(&self) -> bool {
+        let messages: usize = self.messages.iter().map(|(_, body)| body.len()).sum();
+        let channels: usize = self.channels.values().map(Vec::len).sum();
+        messages + channels >= LARGE_REPLY_BYTES
+    }
+
+    /// Makes the API's answer of it: at once where it is small, else on a worker.
+    ///
+    /// # Errors
+    /// What `answer` says.
+    pub fn answer(self, answer: impl FnOnce(&Reply) -> Result<Response, HostError> + Send + 'static) -> Flow {
+        if self.is_large() {
+            Step::compute(move || Step::respond(answer(&self)?))
+        } else {
+            Step::respond(answer(&self)?)
+        }
     }
 }
 
@@ -160,5 +184,19 @@ mod tests {
         assert_eq!((second.channel(1).len(), second.dropped_bytes), (2, 6), "the rest is told to be dropped");
         assert_eq!(first.into_reply().dropped_bytes, 0);
         assert_eq!(budget.share().grow_up_to(99), 10, "it has all come back");
+    }
+
+    #[test]
+    fn large_replies_are_for_a_worker() {
+        let reply = |bytes| Reply { channels: BTreeMap::from([(1, vec![b'x'; bytes])]), ..Reply::default() };
+        let flow = |bytes| reply(bytes).answer(|reply| Ok(Response::json(200, &reply.channel(1).len())));
+        assert!(matches!(flow(LARGE_REPLY_BYTES - 1), Ok(Step::Respond(_))));
+        let Ok(Step::Compute(work)) = flow(LARGE_REPLY_BYTES) else { panic!("it is made at once") };
+        let Ok(Step::Respond(answer)) = work() else { panic!("no answer") };
+        assert_eq!(answer.body, LARGE_REPLY_BYTES.to_string().into_bytes());
+        let many = Reply { messages: vec![(1, vec![0; 1024]); 32], ..Reply::default() };
+        let failing = many.answer(|_| Err(HostError::BadReply("on purpose".into())));
+        let Ok(Step::Compute(work)) = failing else { panic!("it is made at once") };
+        assert_eq!(work().err().map(|answer| answer.status), Some(502));
     }
 }
