@@ -2,6 +2,7 @@
 
 use crate::{Context, Outcome, Test, ensure};
 use serde_json::json;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 use wrenn_tests::leftovers::take_stock;
 use wrenn_tests::process::wait_until;
@@ -16,6 +17,7 @@ pub const TESTS: &[Test] = &[
     ),
     ("without_an_agent_requests_are_refused", without_an_agent_requests_are_refused),
     ("capsules_outlive_their_agent", capsules_outlive_their_agent),
+    ("an_agent_that_dies_in_the_midst_loses_nothing", an_agent_that_dies_in_the_midst_loses_nothing),
     (
         "the_control_plane_restarts_without_losing_capsules",
         the_control_plane_restarts_without_losing_capsules,
@@ -156,6 +158,84 @@ fn capsules_outlive_their_agent(context: &mut Context) -> Result<Outcome> {
         ensure!(capsule.json()["status"] == "running", "{}", capsule.json());
     }
     context.destroy(&id)?;
+    Ok(Outcome::Passed)
+}
+
+/// How long after an agent's start it is killed, in milliseconds: before it listens, while its control plane
+/// connects, while capsules change their state.
+const KILLED_AFTER_MS: [u64; 8] = [900, 150, 400, 1_300, 250, 700, 50, 1_000];
+
+/// Agents are killed one after another while one capsule is paused and resumed and others are made and
+/// destroyed. In the end the control plane and the host agree, and the one is as whole as it was.
+fn an_agent_that_dies_in_the_midst_loses_nothing(context: &mut Context) -> Result<Outcome> {
+    let before = take_stock();
+    let is_agent = |(_, name): &&(_, String)| name.starts_with("wrenn-agent");
+    let id = context.create(&json!({"memory_mb": 256}))?;
+    context.shell(&id, "echo kept >/dev/shm/file; echo kept >$HOME/file")?;
+    let client = context.stack.client();
+    let path = format!("/v1/capsules/{id}");
+    let is_over = std::sync::atomic::AtomicBool::new(false);
+    let killed: Result<()> = std::thread::scope(|scope| {
+        let is_over = &is_over;
+        // Whatever each of these is answered: the agent may be dead, or the capsule in another state.
+        let (changing, making) = (context.stack.client(), context.stack.client());
+        let change = format!("{path}/");
+        scope.spawn(move || {
+            while !is_over.load(Relaxed) {
+                let _ = changing.post(&format!("{change}pause"), &json!({}));
+                let _ = changing.post(&format!("{change}resume"), &json!({}));
+            }
+        });
+        scope.spawn(move || {
+            while !is_over.load(Relaxed) {
+                let Ok(made) = making.post("/v1/capsules", &json!({"memory_mb": 256})) else { continue };
+                if let Some(id) = made.json()["id"].as_str() {
+                    let _ = making.delete(&format!("/v1/capsules/{id}"));
+                }
+            }
+        });
+        let killed = KILLED_AFTER_MS.iter().try_for_each(|ms| {
+            std::thread::sleep(Duration::from_millis(*ms));
+            context.stack.stop_agent(libc::SIGKILL)?;
+            context.stack.start_agent()
+        });
+        is_over.store(true, Relaxed);
+        killed
+    });
+    killed?;
+    let mut status = String::new();
+    wait_until("the capsule to be settled", RECOVERY, || {
+        let answer = client.get(&path);
+        status = answer.map(|a| a.json()["status"].to_string()).unwrap_or_default();
+        ["\"running\"", "\"paused\""].contains(&status.as_str())
+            && client
+                .post(&format!("{path}/resume"), &json!({}))
+                .is_ok_and(|a| [200, 409].contains(&a.status))
+            && context.shell(&id, "cat /dev/shm/file $HOME/file").is_ok_and(|out| out == "kept\nkept")
+    })
+    .map_err(|e| wrenn_tests::Failure(format!("{e}; it is {status}")))?;
+    wait_until("the others to be gone", RECOVERY, || {
+        let Ok(list) = client.get("/v1/capsules") else { return false };
+        let list = list.json();
+        let others: Vec<String> = list
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|capsule| capsule["id"].as_str())
+            .filter(|other| *other != id && Some(*other) != context.shared_capsule.as_deref())
+            .map(str::to_string)
+            .collect();
+        others.iter().for_each(|other| drop(client.delete(&format!("/v1/capsules/{other}"))));
+        others.is_empty()
+    })?;
+    context.destroy(&id)?;
+    let mut left = Vec::new();
+    let _ = wait_until("the remains to go", RECOVERY, || {
+        let now = take_stock();
+        left = now.difference(&before).filter(|item| !is_agent(item)).cloned().collect();
+        left.is_empty()
+    });
+    ensure!(left.is_empty(), "left behind: {left:?}");
     Ok(Outcome::Passed)
 }
 
