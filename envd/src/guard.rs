@@ -3,7 +3,8 @@
 //! tini ends with its one child, and the machine with tini. So between tini and envd is this process, which
 //! does nothing but wait: whatever befalls envd, the capsule stays and can be reached again. What envd knew
 //! is lost: streams end, processes run on unlisted and without a reader of their output, and nothing is done
-//! before the agent has come back and said what [`crate::trust`] waits for.
+//! before the agent has come back and said what [`crate::trust`] waits for. Root can end the guard as well,
+//! and the machine with it, as it can by other means.
 
 use crate::log::log;
 use crate::sys::epoll::Epoll;

@@ -4,6 +4,7 @@
 //! whatever a test does. `cargo test -p wrenn-tests --test e2e NAME` runs the tests whose name has NAME
 //! in it.
 
+mod adversary;
 mod api;
 mod capsule;
 mod edge;
@@ -36,6 +37,8 @@ pub struct Context {
     pub stack: Stack,
     /// A capsule that tests use one after another, once one has asked for it.
     pub shared_capsule: Option<String>,
+    /// A capsule that tests maltreat, once one has asked for it.
+    pub victim: Option<String>,
 }
 
 type Test = (&'static str, fn(&mut Context) -> Result<Outcome>);
@@ -50,6 +53,7 @@ fn tests() -> Vec<Test> {
         wire::TESTS,
         sdk::TESTS,
         edge::TESTS,
+        adversary::TESTS,
         faults::TESTS,
     ]
     .concat()
@@ -88,7 +92,7 @@ fn main() -> ExitCode {
     let mut tally = Tally::default();
     match Stack::start(&Options::new(&directory)) {
         Ok(stack) => {
-            let mut context = Context { stack, shared_capsule: None };
+            let mut context = Context { stack, shared_capsule: None, victim: None };
             for (name, test) in &selected {
                 let result = catch_unwind(AssertUnwindSafe(|| test(&mut context)))
                     .unwrap_or_else(|_| Err(Failure("it panicked".into())));
