@@ -422,3 +422,29 @@ fn a_full_disk_is_told_and_leaves_whole_files() {
         work_under("disk", 12, &rules, told_of_shortage);
     }
 }
+
+/// More than one piece, and the rest more than what is waited for without a helper.
+#[test]
+fn without_helpers_large_content_is_brought_to_the_disk_all_the_same() {
+    let daemon = Daemon::start();
+    let place = Place::new("helpers");
+    let mut client = connect(&daemon);
+    let injector = Injector::attach(daemon.child.id(), seed());
+    let bytes = content(20_000_000);
+    let write = FileWrite { path: place.path("large"), user: "root".into(), mode: 0o600 };
+    let no_helper = rule(libc::SYS_clone, Fault::Errno(libc::EAGAIN), 1);
+    injector.set(&[no_helper]);
+    let gave = converse(&mut client, &write, Some((CHANNEL_FILE, &bytes))).expect("written");
+    assert_eq!(last::<FileEntry>(&gave).size, bytes.len() as u64);
+    assert!(std::fs::read(place.0.join("large")).expect("there") == bytes);
+    assert!(injector.injected() >= 3, "each piece and the end would have had a helper");
+    // And when that fails, it is told, and the old file stays alone.
+    injector.set(&[no_helper, rule(libc::SYS_fsync, Fault::Errno(libc::EIO), 1)]);
+    match converse(&mut client, &write, Some((CHANNEL_FILE, &bytes[1..]))) {
+        Err(Trouble::Told(error)) => assert_eq!(error.errno, libc::EIO as u32),
+        other => panic!("{other:?}"),
+    }
+    injector.set(&[]);
+    assert!(std::fs::read(place.0.join("large")).expect("there") == bytes);
+    assert_eq!(std::fs::read_dir(&place.0).expect("list").count(), 1, "an upload left something");
+}

@@ -20,7 +20,7 @@ const PARENT_MODE: u32 = 0o755;
 /// waits for the disk, neither at the end nor because the kernel makes who has written much wait.
 const PIECE: u64 = 8 << 20;
 /// Bytes whose way to the disk envd waits for itself: less work than a helper.
-const MAX_AT_ONCE: u64 = 256 << 10;
+const MAX_AT_ONCE: u64 = 512 << 10;
 /// Symbolic links followed from the path to the file that is replaced.
 const MAX_LINKS: usize = 16;
 
