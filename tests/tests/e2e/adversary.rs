@@ -292,5 +292,8 @@ fn envd_comes_back_when_it_is_killed(context: &mut Context) -> Result<Outcome> {
     ensure!(status["status"] == "running", "{status}");
     context.look(&id, "kill $(of sleep)")?;
     context.groups_are_gone(&id)?;
+    // Nothing more is done to it, and what comes after has to find its own capsule alone.
+    context.victim = None;
+    context.destroy(&id)?;
     Ok(Outcome::Passed)
 }
