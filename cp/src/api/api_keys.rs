@@ -6,6 +6,7 @@ use crate::audit::{self, Event};
 use crate::auth::id::Kind;
 use crate::auth::{random, secret};
 use crate::db::api_keys::{self, NewApiKey};
+use crate::db::teams;
 use crate::http::context::Context;
 use crate::http::handler::{Flow, Request, Response, Step};
 use serde_json::json;
@@ -27,6 +28,12 @@ pub fn create(request: Request, context: &Arc<Context>) -> Flow {
         // 4096 rounds of HMAC: a few milliseconds.
         let verifier = Verifier::new(key.as_bytes(), &random::bytes::<16>(), ITERATIONS).to_text();
         let made = db.transaction(|sql| {
+            // They may have been removed meanwhile, and with them the keys that they had until then.
+            if !teams::hold_member(sql, &principal.team_id, principal.actor.id())? {
+                return Err(
+                    Response::error(403, "forbidden", "you are no member of this team any more").into()
+                );
+            }
             if api_keys::count(sql, &principal.team_id)? >= MAX_KEYS {
                 let message = format!("the team has {MAX_KEYS} API keys; delete those that are not needed");
                 return Err(Response::error(409, "conflict", &message).into());

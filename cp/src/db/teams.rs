@@ -202,6 +202,19 @@ pub fn set_role(sql: &mut dyn Sql, team_id: &str, user_id: &str, role: Role) -> 
     Ok(())
 }
 
+/// Whether somebody is a member of a team, and will be until this transaction ends: whoever removes them waits
+/// for it, and finds what it has made.
+///
+/// # Errors
+/// What the database says.
+pub fn hold_member(sql: &mut dyn Sql, team_id: &str, user_id: &str) -> Result<bool, DbError> {
+    let row = sql.row(
+        "select 1 from team_members where team_id = $1 and user_id = $2 for share",
+        &[&team_id, &user_id],
+    )?;
+    Ok(row.is_some())
+}
+
 /// Takes somebody out of a team.
 ///
 /// # Errors

@@ -2,6 +2,7 @@
 
 use crate::stage::{ADMIN, Stage, error, json, text};
 use serde_json::json;
+use wrenn_cp::db::{Database, teams};
 use wrenn_cp::http::handler::Method::{Delete, Get, Patch, Post};
 
 #[test]
@@ -94,6 +95,32 @@ fn keys_of_those_who_leave_are_revoked_in_that_team_only() {
         )
         .expect("query");
     assert_eq!(told.len(), 3);
+}
+
+/// A key that is being made when its maker is removed must not outlive that.
+#[test]
+fn a_member_is_not_removed_while_they_make_a_key() {
+    let mut stage = Stage::new();
+    let owner = stage.person(ADMIN);
+    let team = text(&json(&stage.request(Get, "/v1/teams", ("authorization", &owner), ""))[0]["id"]);
+    let members = stage.request(Get, &format!("/v1/teams/{team}/members"), ("authorization", &owner), "");
+    let me = text(&json(&members)[0]["user_id"]);
+    let url = stage.url.clone();
+    let mut db = Database::connect(&url).expect("connect");
+    db.transaction(|sql| {
+        assert!(teams::hold_member(sql, &team, &me)?);
+        assert!(!teams::hold_member(sql, &team, "usr-nobody")?);
+        let mut other = crate::postgres::client(&url);
+        other.batch_execute("set lock_timeout = '300ms'").expect("set");
+        let removed =
+            other.execute("delete from team_members where team_id = $1 and user_id = $2", &[&team, &me]);
+        let why = removed.expect_err("it waits");
+        let why = why.as_db_error().expect("the database says why").message();
+        assert!(why.contains("lock timeout"), "{why}");
+        Ok(())
+    })
+    .expect("held");
+    assert_eq!(stage.request(Post, "/v1/api-keys", ("authorization", &owner), "{}").status, 201);
 }
 
 #[test]
