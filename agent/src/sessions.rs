@@ -222,7 +222,7 @@ impl Agent {
         self.answer(waiter, &ErrorMessage::new(code, text));
     }
 
-    /// Answers [`SessionEvent::Authenticate`] of a control plane.
+    /// Answers [`wire::session::Event::Authenticate`] of a control plane.
     pub fn authenticate(&mut self, id: PeerId, identity: &str) {
         let verifier = (identity == CP_IDENTITY).then(|| self.verifier.clone());
         let Some(peer) = self.peers.get_mut(&id) else { return };

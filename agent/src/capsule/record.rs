@@ -1,4 +1,4 @@
-//! What a capsule owns on this host, as its [`journal`](super::journal) has it. Before a step that makes
+//! What a capsule owns on this host, as its [`journal`] has it. Before a step that makes
 //! something, the record names it; what it names may therefore not exist.
 
 use super::journal::{self, Phase, Step};

@@ -23,7 +23,7 @@ const INFO_SIZE_LIMIT: usize = 32;
 const INFO_FLAGS: usize = 52;
 const INFO_FILE_NAME: usize = 56;
 const FILE_NAME_BYTES: usize = 64;
-/// `sizeof(struct loop_config)`: {u32 fd, u32 block_size, loop_info64, u64[8]}.
+/// `sizeof(struct loop_config)`: `{u32 fd, u32 block_size, loop_info64, u64[8]}`.
 const CONFIG_BYTES: usize = 8 + INFO_BYTES + 64;
 /// Others take loop devices too: how often a free one may be gone before it is taken.
 const ATTEMPTS: u32 = 64;

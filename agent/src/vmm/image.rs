@@ -61,7 +61,7 @@ impl Image {
     }
 
     /// Puts what has changed into the memory's file, where that has not been done. The image is then
-    /// another, which has to be recorded before [`Image::clean`] removes the delta. Blocks.
+    /// another, which has to be recorded before [`clean`] removes the delta. Blocks.
     pub fn merge(&self, directory: &Path) -> Result<Image, VmmError> {
         let Some(delta) = self.delta else { return Ok(*self) };
         apply_delta(&directory.join(name("delta", delta)), &directory.join(name("memory", self.memory)))?;

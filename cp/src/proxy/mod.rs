@@ -10,7 +10,7 @@
 //! | [`destination`] | from the Host header to a port of a capsule |
 //! | [`head`] | what of a head goes on, and what is this hop's own |
 //! | [`exchange`] | one request and its response, sans-I/O |
-//! | [`begin`] | who asks, and the way to the capsule |
+//! | [`mod@begin`] | who asks, and the way to the capsule |
 
 pub mod begin;
 pub mod destination;

@@ -10,7 +10,7 @@
 //! | [`list`] | a directory and what is beneath it |
 //! | [`remove`] | an entry with all that is in it |
 //! | [`read`] | content out |
-//! | [`write`] | content in, at once or not at all |
+//! | [`mod@write`] | content in, at once or not at all |
 //! | [`watch`] | changes as they happen |
 
 mod entry;

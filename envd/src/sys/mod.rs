@@ -12,7 +12,7 @@
 //! | [`spawn`] | fork, credentials, execve(2) |
 //! | [`pty`] | pseudoterminals |
 //! | [`socket`] | TCP sockets |
-//! | [`file`] | paths, directories, metadata |
+//! | [`mod@file`] | paths, directories, metadata |
 //! | [`inotify`] | inotify(7) |
 //! | [`credentials`] | file system ids of the caller |
 //! | [`boot`] | mounts, modules, host name, power |

@@ -108,7 +108,7 @@ impl SessionError {
 /// What a session has to tell its application.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// Server: somebody claims this identity; answer with [`Session::provide_verifier`].
+    /// Server: somebody claims this identity; answer with [`provide_verifier`](super::Session::provide_verifier).
     Authenticate {
         /// The claimed identity, not yet proven.
         identity: String,
@@ -137,7 +137,7 @@ pub enum Event {
         kind: u16,
         /// The message's body.
         body: Vec<u8>,
-        /// What to [release](Session::release) once it is dealt with.
+        /// What to [release](super::Session::release) once it is dealt with.
         cost: u32,
     },
     /// Raw bytes.
@@ -148,7 +148,7 @@ pub enum Event {
         channel: u8,
         /// The bytes, at least one.
         bytes: Vec<u8>,
-        /// What to [release](Session::release) once they are dealt with.
+        /// What to [release](super::Session::release) once they are dealt with.
         cost: u32,
     },
     /// The peer ended its half.

@@ -2,7 +2,7 @@
 //! capsule's own, at full speed in the kernel, for VMMs that read block devices.
 //!
 //! - this file: making, finding, flattening and removing one
-//! - [`layout`]: what lies where in the file; the table
+//! - `layout`: what lies where in the file; the table
 //! - `base`: the shared loop devices of base images
 //! - [`guard`]: holds all disks before the file system that they are on is full
 //!

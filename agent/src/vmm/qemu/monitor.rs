@@ -1,4 +1,4 @@
-//! The connection to QEMU's monitor: the shell around [`qmp`](crate::vmm::qmp).
+//! The connection to QEMU's monitor: the shell around [`qmp`].
 
 use crate::sys::{passing, poll};
 use crate::vmm::machine::{Event, system};
