@@ -44,6 +44,8 @@ impl Place {
     /// `number` tells the places of one test program apart.
     pub fn new(number: u32) -> Place {
         let directory = std::env::temp_dir().join(format!("wrenn-agent-{}-{number}", std::process::id()));
+        // Not two of one number: one would write through the links of the other.
+        fs::create_dir(&directory).unwrap_or_else(|e| panic!("place {number}: {e}"));
         for part in ["kernels", "images/minimal"] {
             fs::create_dir_all(directory.join(part)).expect("made");
         }
@@ -62,6 +64,12 @@ impl Place {
         let image = "images/minimal/rootfs.ext4";
         place_file(&guest.join(image), &place.directory.join(image));
         place
+    }
+
+    /// Writes a file that must not be there: a link would lead to what all tests share.
+    pub fn write_new(&self, name: &str, content: &[u8]) {
+        let file = fs::File::options().write(true).create_new(true).open(self.directory.join(name));
+        file.and_then(|mut file| file.write_all(content)).unwrap_or_else(|e| panic!("{name}: {e}"));
     }
 
     fn write_token(&self) {
