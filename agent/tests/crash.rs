@@ -200,7 +200,7 @@ impl Sweep {
         let remains = self.place.remains();
         let of = |what: &str| remains.iter().filter(|item| item.contains(what)).count();
         assert_eq!(of("sandboxes/"), count(Running) + count(Paused), "{point}: {remains:?}");
-        for what in ["netns", "class/net", "QEMU"] {
+        for what in ["netns", "class/net", "VMM process"] {
             assert_eq!(of(what), count(Running), "{point}: {remains:?}");
         }
         for (id, state) in states {
