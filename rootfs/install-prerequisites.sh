@@ -25,6 +25,7 @@ zstd                                 zstd                the same; memory of cap
 qemu-system-x86_64                   qemu-system-x86     running capsules
 nft                                  nftables            firewall rules of capsules
 insmod                               kmod                the test host of the tests
+/lib/systemd/systemd                 systemd             the same: the agent by its unit
 /usr/lib/postgresql/*/bin/initdb     postgresql          the control plane of tests and of the demo
 '
 

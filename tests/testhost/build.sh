@@ -8,8 +8,8 @@
 #     --output DIR  where to                          (builds/testhost)
 #
 # The kernel is the one that guests boot, with more of its modules; the programs are this machine's own,
-# with the libraries that they are linked with, so a test built here runs there. Only what is out of date
-# is made.
+# with the libraries that they are linked with, so a test built here runs there: first alone, then under
+# systemd, where the agent runs by its unit. Only what is out of date is made.
 set -euo pipefail
 here=$(realpath -- "$(dirname -- "${BASH_SOURCE[0]}")")
 repository=$(dirname -- "$(dirname -- "$here")")
@@ -24,7 +24,10 @@ readonly MODULES=(virtio_pci virtio_blk virtio_net virtio_console virtio-rng
 # What `init` needs before there is a root.
 readonly BOOT_PROGRAMS=(bash chroot insmod mount sleep)
 # What the tests and the agent run.
-readonly PROGRAMS=(bash cat chgrp chmod fallocate ip mkdir mkfs.ext4 mount nft qemu-system-x86_64 sync umount zstd)
+readonly PROGRAMS=(bash cat chgrp chmod fallocate ip mkdir mkfs.ext4 mount nft qemu-system-x86_64 sync systemctl umount zstd)
+# systemd, as the first process of the second half, with as few of its units as it can be without.
+readonly SYSTEMD=/lib/systemd/systemd
+readonly SYSTEMD_UNITS=(basic.target shutdown.target sysinit.target)
 # Firmware and the like; QEMU looks for it relative to where it lies itself.
 readonly QEMU_FILES=(/usr/share/seabios/bios-256k.bin /usr/share/qemu/{qboot.rom,kvmvapic.bin,linuxboot_dma.bin,pvh.bin})
 readonly ROOT_BYTES=$((256 * 1048576))
@@ -41,7 +44,7 @@ while (($#)); do
     shift 2
 done
 PATH=$PATH:/usr/sbin:/sbin
-need cpio objcopy dpkg-deb ldd "${BOOT_PROGRAMS[@]}" "${PROGRAMS[@]}"
+need cpio objcopy dpkg-deb ldd "$SYSTEMD" "${BOOT_PROGRAMS[@]}" "${PROGRAMS[@]}"
 mkdir -p "$cache" "$output"
 exec 9>"$output/lock"
 flock --wait 600 9 || die "another build holds $output/lock"
@@ -52,7 +55,7 @@ library_path() {
     ldconfig -p | sed -n "s/^[[:space:]]*$1 (libc6,x86-64.*=> //p" | head -n 1
 }
 copied=()
-for program in "${BOOT_PROGRAMS[@]}" "${PROGRAMS[@]}"; do
+for program in "$SYSTEMD" "${BOOT_PROGRAMS[@]}" "${PROGRAMS[@]}"; do
     copied+=("$(realpath -- "$(command -v "$program")")")
 done
 for library in "${LIBRARIES[@]}"; do
@@ -60,7 +63,7 @@ for library in "${LIBRARIES[@]}"; do
     [[ $path ]] || die "this machine has no $library"
     copied+=("$path")
 done
-recipe=$(cat -- "$here"/{build.sh,init,run} "$repository"/rootfs/{lib,modules}.sh "${copied[@]}" | sha256sum | cut -d ' ' -f 1)
+recipe=$(cat -- "$here"/{build.sh,init,run,tests.service} "$repository"/rootfs/{lib,modules}.sh "${copied[@]}" | sha256sum | cut -d ' ' -f 1)
 if [[ $(manifest_value "$output/manifest.json" recipe_sha256) == "$recipe" &&
     $(manifest_value "$output/manifest.json" package_sha256) == "$sha256" &&
     -s $output/vmlinuz && -s $output/initramfs.img && -s $output/root.ext4 ]]; then
@@ -109,6 +112,15 @@ done
 printf 'root:x:0:0::/root:/bin/bash\n' >"$root/etc/passwd"
 printf 'root:x:0:\nkvm:x:104:\n' >"$root/etc/group"
 install -m 0755 "$here/run" "$root/run-tests"
+copy_with_libraries "$(realpath -- "$SYSTEMD")" "$root" "$SYSTEMD"
+# systemd 255 and later start what they start by this.
+[[ ! -e ${SYSTEMD}-executor ]] || copy_with_libraries "$(realpath -- "$SYSTEMD-executor")" "$root" "$SYSTEMD-executor"
+units=$root/etc/systemd/system
+mkdir -p "$units" "$root"/{etc/wrenn,usr/local/bin,var/lib/wrenn}
+for unit in "${SYSTEMD_UNITS[@]}"; do
+    install -m 0644 -- "/lib/systemd/system/$unit" "$units/$unit"
+done
+install -m 0644 "$here/tests.service" "$units/tests.service"
 truncate -s "$ROOT_BYTES" "$scratch/root.ext4"
 mkfs.ext4 -q -F -m 0 -d "$root" "$scratch/root.ext4"
 publish "$scratch/root.ext4" "$output/root.ext4"

@@ -44,12 +44,17 @@ impl Place {
     /// `number` tells the places of one test program apart.
     pub fn new(number: u32) -> Place {
         let directory = std::env::temp_dir().join(format!("wrenn-agent-{}-{number}", std::process::id()));
-        // Not two of one number: one would write through the links of the other.
-        fs::create_dir(&directory).unwrap_or_else(|e| panic!("place {number}: {e}"));
+        let first_slot = 40_000 + (std::process::id() % 300) * 80 + number * 4;
+        Place::at(directory, first_slot)
+    }
+
+    /// In this directory, which must not be there yet.
+    pub fn at(directory: PathBuf, first_slot: u32) -> Place {
+        // Not two in one: one would write through the links of the other.
+        fs::create_dir(&directory).unwrap_or_else(|e| panic!("{}: {e}", directory.display()));
         for part in ["kernels", "images/minimal"] {
             fs::create_dir_all(directory.join(part)).expect("made");
         }
-        let first_slot = 40_000 + (std::process::id() % 300) * 80 + number * 4;
         let place = Place { directory, first_slot };
         place.write_token();
         place
@@ -58,12 +63,16 @@ impl Place {
     /// The same with the real kernel and image.
     pub fn with_guest(number: u32, guest: &Path) -> Place {
         let place = Place::new(number);
+        place.put_guest(guest);
+        place
+    }
+
+    pub fn put_guest(&self, guest: &Path) {
         for entry in fs::read_dir(guest.join("kernels")).expect("kernels").flatten() {
-            place_file(&entry.path(), &place.directory.join("kernels").join(entry.file_name()));
+            place_file(&entry.path(), &self.directory.join("kernels").join(entry.file_name()));
         }
         let image = "images/minimal/rootfs.ext4";
-        place_file(&guest.join(image), &place.directory.join(image));
-        place
+        place_file(&guest.join(image), &self.directory.join(image));
     }
 
     /// Writes a file that must not be there: a link would lead to what all tests share.

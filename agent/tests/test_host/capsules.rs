@@ -35,15 +35,15 @@ pub const CASES: &[Case] = &[
         in_firecracker(lifecycle::capsules_start_from_a_snapshot_where_it_was_and_are_apart);
     }),
 ];
-const FIRECRACKER: &str = "/testhost/firecracker";
+pub const FIRECRACKER: &str = "/testhost/firecracker";
 
-fn in_qemu(case: fn()) {
+pub fn in_qemu(case: fn()) {
     use_vmm("qemu", Path::new(FIRECRACKER));
     case();
 }
 
 /// Runs a case in Firecracker, where the test host got one.
-fn in_firecracker(case: fn()) {
+pub fn in_firecracker(case: fn()) {
     match Path::new(FIRECRACKER).exists() {
         true if guest().is_some() => {
             use_vmm("firecracker", Path::new(FIRECRACKER));
@@ -115,7 +115,7 @@ fn a_guest_that_reboots_ends() {
 }
 
 /// Where the test host has what was put there for it; `None` when it got no guest.
-fn guest() -> Option<PathBuf> {
+pub fn guest() -> Option<PathBuf> {
     static PLACED: Once = Once::new();
     let guest = PathBuf::from("/testhost/guest");
     if !guest.is_dir() {
@@ -132,7 +132,7 @@ fn guest() -> Option<PathBuf> {
 }
 
 /// Guests in KVM in a translated processor are slow.
-fn slow(id: &str) -> CapsuleCreate {
+pub fn slow(id: &str) -> CapsuleCreate {
     CapsuleCreate { deadline_ms: 60_000, disk_size_mb: 2_048, ..creation(id) }
 }
 
@@ -180,7 +180,7 @@ fn a_capsule_runs_on_when_its_agent_is_killed(vmm: &str, number: u32) {
 }
 
 /// A capsule that goes on where `cl-kept` is, on a disk whose base is the other's, flattened.
-fn start_from_a_snapshot(cp: &mut Client) {
+pub fn start_from_a_snapshot(cp: &mut Client) {
     let order = CapsuleSnapshot { capsule_id: "cl-kept".into(), name: "warm".into(), overwrite: false };
     let began = Instant::now();
     let info: SnapshotInfo = cp.ask(&order).expect("made");

@@ -1,5 +1,6 @@
 //! The test host: a machine in QEMU, started once.
 
+use crate::Half;
 use crate::common::{guest_directory, place_file};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -46,6 +47,7 @@ pub fn run() {
     };
     put(&std::env::current_exe().expect("this program"), "program");
     put(Path::new(env!("CARGO_BIN_EXE_wrenn-agent")), "wrenn-agent");
+    put(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/wrenn-agent.service")), "wrenn-agent.service");
     if let Some((firecracker, jailer)) = firecracker() {
         put(&firecracker, "firecracker");
         put(&jailer, "jailer");
@@ -95,11 +97,14 @@ pub fn run() {
     let text = |path: &Path| String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
     let results = text(&results);
     println!("{results}the test host ended after {} ms: {ended:?}", began.elapsed().as_millis());
-    assert!(
-        results.lines().any(|line| line == "test host: exit status 0"),
-        "the cases failed, see above; the console says:\n{}",
-        text(&console)
-    );
+    for half in Half::ALL {
+        let wanted = format!("test host, {}: exit status 0", half.name());
+        assert!(
+            results.lines().any(|line| line == wanted),
+            "the cases failed, see above; the console says:\n{}",
+            text(&console)
+        );
+    }
 }
 
 /// Firecracker and its jailer; without them the cases that need them say so.

@@ -1,6 +1,6 @@
-//! What needs a kernel with device-mapper and KVM: disks, control groups, and capsules as a real host runs them. The test
-//! boots a "test host" (`tests/testhost/build.sh`), a virtual machine that runs this very program with all
-//! the cases, once.
+//! What needs a kernel with device-mapper and KVM: disks, control groups, and capsules as a real host runs
+//! them; and the agent's unit, which needs systemd. The test boots a "test host" (`tests/testhost/build.sh`),
+//! a virtual machine that runs this very program twice, alone and under systemd.
 
 mod capsules;
 #[path = "../common/mod.rs"]
@@ -10,6 +10,7 @@ mod groups;
 mod host;
 #[path = "../common/lifecycle.rs"]
 mod lifecycle;
+mod unit;
 
 use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
@@ -18,6 +19,36 @@ use std::time::Instant;
 /// Set in the test host: a directory on a small file system of its own.
 const INSIDE: &str = "WRENN_TEST_HOST_WORK";
 
+/// Set in the test host: which half of the cases is to run.
+const HALF: &str = "WRENN_TEST_HOST_HALF";
+
+/// What the test host runs, one after the other.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Half {
+    /// With nothing else on the machine.
+    Alone,
+    /// With systemd as the first process.
+    Systemd,
+}
+
+impl Half {
+    const ALL: [Half; 2] = [Half::Alone, Half::Systemd];
+
+    fn name(self) -> &'static str {
+        match self {
+            Half::Alone => "alone",
+            Half::Systemd => "systemd",
+        }
+    }
+
+    fn cases(self) -> Vec<&'static Case> {
+        match self {
+            Half::Alone => groups::CASES.iter().chain(disks::CASES).chain(capsules::CASES).collect(),
+            Half::Systemd => unit::CASES.iter().collect(),
+        }
+    }
+}
+
 /// A name, and what is tried in a directory of its own.
 type Case = (&'static str, fn(&Path));
 
@@ -25,8 +56,10 @@ type Case = (&'static str, fn(&Path));
 fn disks_and_capsules_on_a_host_with_device_mapper_and_kvm() {
     let Some(work) = std::env::var_os(INSIDE).map(PathBuf::from) else { return host::run() };
     disks::crash_if_told();
+    let half = std::env::var(HALF).expect("which half");
+    let half = Half::ALL.into_iter().find(|known| known.name() == half).expect("a known half");
     let mut failed = Vec::new();
-    for (name, case) in groups::CASES.iter().chain(disks::CASES).chain(capsules::CASES) {
+    for (name, case) in half.cases() {
         let began = Instant::now();
         let directory = work.join(name.replace(' ', "-"));
         std::fs::create_dir(&directory).expect("a directory for the case");
