@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds every program once more, offline and from vendor/ alone, in a directory whose path differs in name
-# and length, and compares what comes out with builds/, the embedded lists included.
+# Builds every program once more by `make build-offline`, in a directory whose path differs in name and
+# length and where nothing is built yet, and compares what comes out with builds/, the embedded lists included.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 readonly programs=(wrenn-cp wrenn-agent envd vendor-check)

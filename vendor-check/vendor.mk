@@ -88,11 +88,10 @@ sbom: $(VENDOR_CHECK) dist/vendored ## bills of materials and NOTICE, in dist/
 reproducible: build ## build once more, offline, in another directory, and compare with builds/ byte for byte
 	@CARGO='$(CARGO)' JOBS=$(JOBS) vendor-check/reproducible.sh
 
-# One of the two builds, in its own tree.
+# The other of the two builds, in its own tree.
 .PHONY: reproducible-build
-reproducible-build:
-	@mkdir -p $(OFFLINE_HOME) $(BUILDS)
-	$(call build-release,$(OFFLINE_CARGO),--frozen --offline)
+reproducible-build: build-offline
+	@mkdir -p $(BUILDS)
 	@for program in $(RELEASE_BINARIES); do \
 		$(VENDOR_CHECK) embed $$program $(BUILDS)/$${program##*/} || exit; done
 
