@@ -334,9 +334,13 @@ pub fn manifest(vcpus: u32, memory_mb: u32, disk_mb: u32, vmm: String) -> Manife
 /// change what another reads.
 #[derive(Debug, Default)]
 pub struct SharedMemory {
-    /// By device and inode of the file that it was read from.
-    loaded: Mutex<HashMap<(u64, u64), Weak<File>>>,
+    loaded: Mutex<HashMap<FileId, Weak<File>>>,
 }
+
+/// Which file a memory was read from: device, inode, the time of its last change, and when its
+/// snapshot was made. Memory outlives its snapshot as long as a capsule maps it, and the file system gives the
+/// inode's number to the next file: by that alone one tenant's capsule would go on with another's memory.
+type FileId = (u64, u64, i64, i64, u64);
 
 impl SharedMemory {
     /// What a machine needs to go on from a snapshot. Blocks for as long as reading its memory takes, where
@@ -352,7 +356,8 @@ impl SharedMemory {
         // Held while one reads, so that another who wants the same waits for it.
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         loaded.retain(|_, memory| memory.strong_count() > 0);
-        let key = (metadata.dev(), metadata.ino());
+        let (changed, made) = (metadata.ctime_nsec(), snapshot.manifest.created_us);
+        let key: FileId = (metadata.dev(), metadata.ino(), metadata.ctime(), changed, made);
         if let Some(memory) = loaded.get(&key).and_then(Weak::upgrade) {
             return Ok(Restore { memory, is_own: false, ..files });
         }
@@ -379,6 +384,35 @@ mod tests {
         fs::write(draft.directory().join("state-0"), b"state").expect("written");
         fs::write(draft.disk(), b"disk").expect("written");
         draft
+    }
+
+    #[test]
+    fn memory_is_not_taken_for_that_of_a_later_file_with_the_same_number() {
+        let layout = layout("inode");
+        let manifest = manifest(2, 256, 300, "qemu 7.2.22, tcg".into());
+        let one = draft(&layout, b"first").publish(&layout, "one", &manifest, false).expect("published");
+        let shared = SharedMemory::default();
+        let held = shared.open(&one).expect("opened");
+        let inode = |snapshot: &Snapshot| {
+            fs::metadata(snapshot.directory.join("memory-0")).map(|m| m.ino()).expect("there")
+        };
+        let number = inode(&one);
+        // As a file system does that gives out the number of a deleted file: the same inode, another file.
+        let later = Manifest { created_us: manifest.created_us + 1, ..manifest.clone() };
+        fs::write(one.directory.join("memory-0"), b"later").expect("written");
+        fs::remove_file(one.directory.join(MANIFEST)).expect("removed");
+        let draft = Draft { directory: one.directory.clone() };
+        std::mem::forget(draft.publish(&layout, "two", &later, false).expect("published"));
+        let two = Snapshot::find(&layout, "two").expect("there");
+        assert_eq!(inode(&two), number);
+        let other = shared.open(&two).expect("opened");
+        let mut memory = [0; 5];
+        std::os::unix::fs::FileExt::read_exact_at(&*other.memory, &mut memory, 0).expect("read");
+        assert_eq!(&memory, b"later");
+        assert!(!Arc::ptr_eq(&held.memory, &other.memory), "another tenant's");
+        let again = shared.open(&two).expect("opened");
+        assert!(Arc::ptr_eq(&other.memory, &again.memory), "read once");
+        fs::remove_dir_all(layout.root()).expect("removed");
     }
 
     #[test]
