@@ -12,8 +12,9 @@
 use super::record::{self, Record};
 use crate::whole_file;
 use serde::{Deserialize, Serialize};
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 use wire::auth::hmac_sha256;
@@ -22,9 +23,11 @@ use wire::auth::hmac_sha256;
 pub const FILE_NAME: &str = "journal";
 /// The longest journal that is read, in bytes: some entries of [`record::MAX_RECORD_BYTES`].
 pub const MAX_JOURNAL_BYTES: u64 = 8 * record::MAX_RECORD_BYTES;
-/// A journal longer than this, in bytes, begins anew with the next save: years of pausing and resuming
-/// must not make one too long to be read.
+/// A journal longer than this, in bytes, begins anew with the next entry: neither years of snapshots nor a
+/// resume that fails again and again may make one too long to be read.
 const LONG_BYTES: u64 = 65_536;
+/// How often a journal is opened anew that another job has begun anew meanwhile. A capsule has two jobs at most.
+const OPEN_ATTEMPTS: u32 = 4;
 /// Tells a journal's checks apart from those of anything else.
 const CHECK_KEY: &[u8] = b"wrenn capsule journal v1";
 const CHECK_DIGITS: usize = 16;
@@ -108,18 +111,18 @@ pub fn begin(directory: &Path, step: Step, phase: Phase, record: &Record) -> io:
 /// # Errors
 /// Nothing of it is in the journal then.
 pub fn append(directory: &Path, step: Step, phase: Phase, record: Option<&Record>) -> io::Result<()> {
-    if let Some(record) = record
-        && (step, phase) == (Step::Save, Phase::Begin)
-        && fs::metadata(directory.join(FILE_NAME))?.len() > LONG_BYTES
-    {
-        return begin(directory, step, phase, record);
+    let path = directory.join(FILE_NAME);
+    let mut file = open_locked(&path)?;
+    let length = file.metadata()?.len();
+    if length > LONG_BYTES {
+        match begin_anew(directory, step, phase, record) {
+            Ok(()) => return Ok(()),
+            // On a full disk an entry may still fit where a journal does not.
+            Err(e) => log::warn!("{}: beginning the journal anew: {e}", directory.display()),
+        }
     }
     crash_point(directory, step, phase, Moment::Before);
     let line = line(step, phase, record)?;
-    let mut file = OpenOptions::new().append(true).open(directory.join(FILE_NAME))?;
-    // Jobs of one capsule may run at once, and a failure is taken back.
-    file.lock()?;
-    let length = file.metadata()?.len();
     #[cfg(feature = "crash-points")]
     crash::torn(&mut file, &line, step, phase);
     let written = file.write_all(&line).and_then(|()| match survives_power_cut(step, phase) {
@@ -133,6 +136,29 @@ pub fn append(directory: &Path, step: Step, phase: Phase, record: Option<&Record
     drop(file);
     crash_point(directory, step, phase, Moment::After);
     Ok(())
+}
+
+/// Puts a journal of this one entry in place of a long one, which the caller has locked.
+fn begin_anew(directory: &Path, step: Step, phase: Phase, record: Option<&Record>) -> io::Result<()> {
+    let known = match record {
+        Some(_) => None,
+        None => read(directory)?.map(|history| history.record),
+    };
+    let record = record.or(known.as_ref()).ok_or_else(|| invalid("the journal has no record".into()))?;
+    begin(directory, step, phase, record)
+}
+
+/// Opens a journal to append to it, locked: jobs of one capsule may run at once, and a failure is taken back.
+fn open_locked(path: &Path) -> io::Result<File> {
+    for _ in 0..OPEN_ATTEMPTS {
+        let file = OpenOptions::new().append(true).open(path)?;
+        file.lock()?;
+        // The one that it was waited for may have been replaced meanwhile: what goes there, nobody reads.
+        if file.metadata()?.ino() == fs::metadata(path)?.ino() {
+            return Ok(file);
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::TimedOut, "the journal is begun anew again and again"))
 }
 
 /// What the journal in a capsule's directory says; `None` where there is none. Blocks.
@@ -369,17 +395,56 @@ mod tests {
     }
 
     #[test]
-    fn a_long_journal_begins_anew_with_a_save() {
-        let directory = Directory::new("long");
+    fn a_long_journal_begins_anew_whatever_makes_it_long() {
+        let large = Record {
+            kept: crate::capsule::record::Kept {
+                environment: vec![("QQ==".into(), "A".repeat(44_000))],
+                ..record().kept
+            },
+            ..record()
+        };
+        let same: &[(Step, Phase, bool)] =
+            &[(Step::Save, Phase::Begin, true), (Step::Save, Phase::Failed, true)];
+        // A resume that fails, as often as somebody asks for it; snapshots of one that is never paused.
+        let resume =
+            [(Step::Network, Phase::Begin), (Step::Machine, Phase::Done), (Step::Machine, Phase::Failed)];
+        let resume = resume.map(|(step, phase)| (step, phase, true));
+        let snapshot = [(Step::Snapshot, Phase::Begin, false), (Step::Snapshot, Phase::Done, false)];
+        for (name, record, entries, times) in [
+            ("long", record(), same, 1_000),
+            ("long-resume", large, &resume[..], 30),
+            ("long-snapshot", record(), &snapshot[..], 12_000),
+        ] {
+            let directory = Directory::new(name);
+            begin(&directory.0, Step::Create, Phase::Done, &record).expect("begun");
+            let mut longest = 0;
+            for _ in 0..times {
+                for (step, phase, with_record) in entries {
+                    append(&directory.0, *step, *phase, with_record.then_some(&record)).expect("appended");
+                }
+                longest = longest.max(fs::metadata(directory.0.join(FILE_NAME)).expect("there").len());
+            }
+            assert!(longest > LONG_BYTES && longest < 3 * LONG_BYTES, "{name}: {longest}");
+            let history = read(&directory.0).expect("read").expect("there");
+            let last = entries.last().map(|(step, phase, _)| (*step, *phase));
+            assert_eq!((history.record, Some(history.last)), (record, last), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_waits_for_a_journal_that_is_begun_anew_goes_into_the_new_one() {
+        let directory = Directory::new("anew");
         let record = record();
         begin(&directory.0, Step::Create, Phase::Done, &record).expect("begun");
-        let mut longest = 0;
-        for _ in 0..2_000 {
-            append(&directory.0, Step::Save, Phase::Begin, Some(&record)).expect("appended");
-            append(&directory.0, Step::Snapshot, Phase::Failed, Some(&record)).expect("appended");
-            longest = longest.max(directory.text().len() as u64);
-        }
-        assert!(longest > LONG_BYTES && longest < LONG_BYTES + 4_096, "{longest}");
-        assert_eq!(read(&directory.0).expect("read").expect("there").record, record);
+        let held = open_locked(&directory.0.join(FILE_NAME)).expect("locked");
+        let path = directory.0.clone();
+        let waiting = std::thread::spawn(move || append(&path, Step::RemoveDisk, Phase::Begin, None));
+        // Long enough for it to have opened the old one; were it not, it would be no less right.
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        begin(&directory.0, Step::Save, Phase::Begin, &record).expect("begun anew");
+        drop(held);
+        waiting.join().expect("ended").expect("appended");
+        let last = read(&directory.0).expect("read").expect("there").last;
+        assert_eq!(last, (Step::RemoveDisk, Phase::Begin));
     }
 }
