@@ -127,6 +127,28 @@ fn a_flattened_overlay_is_what_qemus_own_tool_reads() {
 }
 
 #[test]
+fn a_template_that_is_replaced_leaves_capsules_their_own() {
+    let images = Directory::new("images");
+    let capsule = Directory::new("capsule");
+    let base = base_image(&images.0);
+    let disk = Backend::Overlay.create(&spec(&base, &capsule.0, None)).expect("created");
+    // As a new build of the template is put in its place.
+    let new = images.0.join("new");
+    fs::write(&new, vec![b'x'; BASE_BYTES as usize]).expect("written");
+    fs::rename(&new, &base).expect("replaced");
+    let opened = Backend::open(&capsule.0).expect("read").expect("there");
+    assert_eq!(opened.image(), disk.image());
+    let disk = opened;
+    let flat = capsule.0.join("flat");
+    disk.flatten(&flat).expect("flattened");
+    let mut sector = [0; 23];
+    File::open(&flat).and_then(|f| f.read_exact_at(&mut sector, 0)).expect("read");
+    assert_eq!(&sector, b"the base's first sector");
+    disk.remove().expect("removed");
+    assert_eq!(capsule.names(), ["flat"]);
+}
+
+#[test]
 fn a_disk_that_cannot_be_leaves_nothing() {
     let directory = Directory::new("refused");
     let base = base_image(&directory.0);

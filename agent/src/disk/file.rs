@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 
 const RAW_NAME: &str = "disk.raw";
 const OVERLAY_NAME: &str = "disk.qcow2";
+/// A second name of the image behind an overlay: whoever replaces the image leaves the capsule its own.
+const BASE_NAME: &str = "disk.base";
 /// Only the agent opens a disk by its name; the VMM inherits it open.
 const MODE: u32 = 0o600;
 
@@ -47,12 +49,15 @@ impl Disk for FileDisk {
     }
 
     fn remove(self: Box<Self>) -> Result<(), DiskError> {
-        match fs::remove_file(&self.path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(DiskError::system("removing", &self.path)(e))
+        for path in [self.path.clone(), self.path.with_file_name(BASE_NAME)] {
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(DiskError::system("removing", &path)(e));
+                }
+                _ => {}
             }
-            _ => sync_parent(&self.path),
         }
+        sync_parent(&self.path)
     }
 }
 
@@ -133,15 +138,45 @@ pub(super) fn create_reflink(spec: &DiskSpec<'_>) -> Result<FileDisk, DiskError>
 
 pub(super) fn create_overlay(spec: &DiskSpec<'_>) -> Result<FileDisk, DiskError> {
     let (_, virtual_bytes) = open_base(spec)?;
-    let backing = spec.base.canonicalize().map_err(DiskError::system("finding the path of", spec.base))?;
-    let overlay = Overlay { virtual_bytes, backing: backing.as_os_str().as_bytes().to_vec() };
-    let Some(parts) = overlay.encode() else { return Err(DiskError::PathTooLong { path: backing }) };
     let path = spec.directory.join(OVERLAY_NAME);
-    make(&path, |file| {
+    if path.exists() {
+        return Err(DiskError::system("creating", &path)(io::ErrorKind::AlreadyExists.into()));
+    }
+    let backing = keep_base(spec)?;
+    let made = write_overlay(&path, virtual_bytes, &backing);
+    if made.is_err() {
+        // The first error is the one to tell.
+        let _ = fs::remove_file(spec.directory.join(BASE_NAME));
+    }
+    made.map(|()| FileDisk { path, virtual_bytes, backing: Some(backing) })
+}
+
+fn write_overlay(path: &Path, virtual_bytes: u64, backing: &Path) -> Result<(), DiskError> {
+    let overlay = Overlay { virtual_bytes, backing: backing.as_os_str().as_bytes().to_vec() };
+    let Some(parts) = overlay.encode() else { return Err(DiskError::PathTooLong { path: backing.into() }) };
+    make(path, |file| {
         parts.iter().try_for_each(|(offset, bytes)| file.write_all_at(bytes, *offset))?;
         file.set_len(qcow2::FILE_BYTES)
-    })?;
-    Ok(FileDisk { path, virtual_bytes, backing: Some(backing) })
+    })
+}
+
+/// The path by which an overlay finds its base for ever: a name of the capsule's own. A template is replaced by
+/// another file of its name, and an overlay over that one would be neither of the two.
+fn keep_base(spec: &DiskSpec<'_>) -> Result<PathBuf, DiskError> {
+    let path = |base: &Path| base.canonicalize().map_err(DiskError::system("finding the path of", base));
+    let base = path(spec.base)?;
+    let directory = path(spec.directory)?;
+    if base.parent() == Some(&directory) {
+        // A snapshot's, which has been linked here.
+        return Ok(base);
+    }
+    let link = directory.join(BASE_NAME);
+    match fs::hard_link(&base, &link) {
+        Ok(()) => Ok(link),
+        // On another file system, or where it may not be changed at all, the image keeps its one name.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EXDEV | libc::EPERM | libc::EROFS)) => Ok(base),
+        Err(e) => Err(DiskError::system("linking", &base)(e)),
+    }
 }
 
 /// The base image, and the size of the disk to make from it.
