@@ -8,8 +8,8 @@ mod run;
 mod support;
 
 use guest::{
-    GUEST, METADATA, RST, SYN_ACK, acknowledgement, is_tcp_with, packet, read_frame, set_tcp_checksum,
-    write_frame,
+    GUEST, METADATA, RST, SYN_ACK, acknowledgement, datagram, is_tcp_with, packet, read_frame,
+    set_tcp_checksum, write_frame,
 };
 use run::{in_namespace, output};
 use std::io::{BufRead, BufReader};
@@ -17,7 +17,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::process::Command;
 use std::time::Duration;
 use support::{Machine, with_free_slot};
-use wrenn_agent::net::{CapsuleNetwork, Policy, host};
+use wrenn_agent::net::{CapsuleNetwork, Policy, firewall, host};
 
 const CLOSED: &Policy = &Policy::CLOSED;
 const OPEN: &Policy = &Policy::OPEN;
@@ -143,21 +143,11 @@ fn with_internet_a_guest_gets_out_of_the_host_masqueraded() {
     host::install(true).expect("installed");
     let (network, tap) = with_free_slot(|slot| CapsuleNetwork::create(slot, OPEN));
     let slot = network.slot();
-    // The internet: a namespace behind the host, with one public address.
-    let (outside, uplink) = ("ns-61999", "wr61-uplink");
-    output("ip", &["netns", "add", outside]);
-    output("ip", &["link", "add", uplink, "type", "veth", "peer", "name", "public", "netns", outside]);
-    output("ip", &["address", "add", "8.8.4.1/24", "dev", uplink]);
-    output("ip", &["link", "set", uplink, "up"]);
-    for command in ["address add 8.8.4.4/24 dev public", "link set public up", "link set lo up"] {
-        let arguments: Vec<&str> =
-            ["netns", "exec", outside, "ip"].into_iter().chain(command.split(' ')).collect();
-        output("ip", &arguments);
-    }
+    let outside = Outside::new();
     const SERVER: &str = "import socket;s=socket.create_server(('8.8.4.4',80));print('listening',flush=True);\
                           c,a=s.accept();print(a[0],flush=True)";
     let mut server = Command::new("ip")
-        .args(["netns", "exec", outside, "python3", "-c", SERVER])
+        .args(["netns", "exec", Outside::NAMESPACE, "python3", "-c", SERVER])
         .stdout(std::process::Stdio::piped())
         .spawn()
         .expect("started");
@@ -173,9 +163,76 @@ fn with_internet_a_guest_gets_out_of_the_host_masqueraded() {
     assert_eq!(seen, "8.8.4.1", "the address that the outside saw");
     server.wait().expect("ended");
 
-    output("ip", &["link", "delete", uplink]);
-    output("ip", &["netns", "delete", outside]);
-    drop(tap);
+    drop((tap, outside));
+    network.destroy().expect("destroyed");
+    std::fs::write("/proc/sys/net/ipv4/ip_forward", forwarding).expect("restored");
+    machine.check();
+}
+
+/// The internet: a namespace behind the host, with one public address.
+struct Outside;
+
+impl Outside {
+    const NAMESPACE: &str = "ns-61999";
+    const UPLINK: &str = "wr61-uplink";
+
+    fn new() -> Outside {
+        let (outside, uplink) = (Outside::NAMESPACE, Outside::UPLINK);
+        output("ip", &["netns", "add", outside]);
+        output("ip", &["link", "add", uplink, "type", "veth", "peer", "name", "public", "netns", outside]);
+        output("ip", &["address", "add", "8.8.4.1/24", "dev", uplink]);
+        output("ip", &["link", "set", uplink, "up"]);
+        for command in ["address add 8.8.4.4/24 dev public", "link set public up", "link set lo up"] {
+            let arguments: Vec<&str> =
+                ["netns", "exec", outside, "ip"].into_iter().chain(command.split(' ')).collect();
+            output("ip", &arguments);
+        }
+        Outside
+    }
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        for arguments in [["link", "delete", Outside::UPLINK], ["netns", "delete", Outside::NAMESPACE]] {
+            let _ = Command::new("ip").args(arguments).status();
+        }
+    }
+}
+
+#[test]
+fn a_guest_cannot_fill_the_kernels_table_of_connections() {
+    let Some(machine) = Machine::take() else { return };
+    let forwarding = std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward").expect("read");
+    host::install(true).expect("installed");
+    let (network, tap) = with_free_slot(|slot| CapsuleNetwork::create(slot, OPEN));
+    let (slot, outside) = (network.slot(), Outside::new());
+    const COUNT: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
+    let number = |text: String| text.trim().parse::<u32>().expect("a number");
+    let inside = || number(in_namespace(slot, &["cat", COUNT]));
+    let on_host = || number(std::fs::read_to_string(COUNT).expect("read"));
+    // Others on this machine open and end connections as well.
+    const OTHERS: u32 = 500;
+    let before = on_host();
+    // Datagrams to ever other ports: each is a connection to the kernel.
+    let flood = |address: Ipv4Addr| {
+        let frame = datagram(slot, address);
+        for port in 1..=firewall::MAX_CONNECTIONS as u16 + 1_000 {
+            let mut frame = frame.clone();
+            frame[36..38].copy_from_slice(&port.to_be_bytes());
+            write_frame(&tap, &frame);
+        }
+    };
+    flood(Ipv4Addr::new(8, 8, 4, 4));
+    let (own, others) = (inside(), on_host() - before);
+    eprintln!("connections: {own} in the namespace, {others} more on the host");
+    assert!((1_000..=firewall::MAX_CONNECTIONS + 10).contains(&own), "{own}");
+    assert!(others <= firewall::MAX_CONNECTIONS + OTHERS, "{others}");
+    // A change of the policy begins the namespace's count anew, the host's goes on.
+    network.set_policy(OPEN).expect("set");
+    flood(Ipv4Addr::new(8, 8, 4, 5));
+    let others = on_host().saturating_sub(before);
+    assert!(others <= firewall::MAX_CONNECTIONS + OTHERS, "{others}");
+    drop((tap, outside));
     network.destroy().expect("destroyed");
     std::fs::write("/proc/sys/net/ipv4/ip_forward", forwarding).expect("restored");
     machine.check();

@@ -43,6 +43,8 @@ pub struct CapsuleNetwork {
 struct Access {
     /// Whether its link may be in the host's set of links with internet.
     let_out: bool,
+    /// Whether it may ever have been, so that the host's table may know the link.
+    was_let_out: bool,
     /// The revision of the policy that holds.
     revision: u64,
     /// Whether the network is being taken away.
@@ -89,7 +91,7 @@ impl CapsuleNetwork {
     }
 
     fn new(slot: Slot, namespace: Namespace, let_out: bool) -> CapsuleNetwork {
-        let access = Access { let_out, revision: 0, ended: false };
+        let access = Access { let_out, was_let_out: let_out, revision: 0, ended: false };
         CapsuleNetwork { slot, namespace: Arc::new(namespace), access: Arc::new(Mutex::new(access)) }
     }
 
@@ -149,7 +151,7 @@ impl CapsuleNetwork {
     pub fn destroy(self) -> Result<(), NetError> {
         let mut access = held(&self.access);
         access.ended = true;
-        remove(self.slot, access.let_out).map(drop)
+        remove(self.slot, access.was_let_out).map(drop)
     }
 }
 
@@ -186,6 +188,7 @@ impl PolicyHandle {
         }
         // Before the link is in the set: where that fails half-way, it is to be taken out again.
         access.let_out = policy.lets_out();
+        access.was_let_out |= access.let_out;
         host::admit(self.slot, policy.lets_out())
     }
 }
@@ -202,11 +205,11 @@ pub fn destroy_remains(slot: Slot) -> Result<bool, NetError> {
     remove(slot, true)
 }
 
-fn remove(slot: Slot, let_out: bool) -> Result<bool, NetError> {
-    let shut_in = if let_out { host::shut_in(slot) } else { Ok(()) };
+fn remove(slot: Slot, was_let_out: bool) -> Result<bool, NetError> {
+    let forgotten = if was_let_out { host::forget(slot) } else { Ok(()) };
     let link = Links::open().and_then(|mut links| links.delete(&slot.host_link_name()));
     let namespace = netns::remove(&slot.namespace_name());
-    shut_in?;
+    forgotten?;
     Ok(link? | namespace?)
 }
 
@@ -275,7 +278,7 @@ impl Drop for Undo {
             }
         };
         if self.link {
-            report(host::shut_in(self.slot).map(|()| true));
+            report(host::forget(self.slot).map(|()| true));
             report(Links::open().and_then(|mut links| links.delete(&self.slot.host_link_name())));
         }
         if self.namespace {

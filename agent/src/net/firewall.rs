@@ -13,6 +13,9 @@
 //! and by where the connection was opened to, not as it was when the connection began: a policy that is
 //! narrowed cuts what it forbids.
 //!
+//! A capsule may have [`MAX_CONNECTIONS`] at once, counted in its namespace and once more on the host: the kernel's
+//! table of connections is one for all, and when it is full nobody gets a new one, the host itself included.
+//!
 //! Limits are tokens that packets take (nft's `limit rate over ... drop`), in the same transaction as the
 //! rules. The kernel's bucket holds one second's worth beside the burst, so the first second may bring twice
 //! as much; after that TCP gets within 3 % of the limit. A queue (tc's tbf) gets 3 to 23 % less, and would
@@ -32,6 +35,14 @@ use wire::network::NOT_INTERNET;
 
 /// The table's name, in the host's namespace (family `inet`) and in each capsule's (`netdev` and `ip`).
 pub const TABLE: &str = "wrenn";
+
+/// Connections to the internet that a capsule may have at once, those that ended in the last minutes included: the
+/// kernel remembers them for two minutes (TCP) or half a minute (UDP). A 32nd of what its table has on a host of
+/// 4 GiB and more.
+pub const MAX_CONNECTIONS: u32 = 8_192;
+/// What the host counts them in, by link; and for how many links.
+const CONNECTIONS: &str = "connections";
+const MAX_LINKS: u32 = 65_535;
 
 /// The program that takes the rules.
 const NFT: &str = "nft";
@@ -163,6 +174,10 @@ fn forward_rules(rules: &mut Rules, slot: Slot, policy: &Policy) {
     if policy.lets_out() {
         for (chain, limit) in [("egress", policy.egress), ("ingress", policy.ingress)] {
             rules.line(format_args!("add chain ip {TABLE} {chain}"));
+            if chain == "egress" {
+                let over = format_args!("ct state new ct count over {MAX_CONNECTIONS} drop");
+                rules.rule(chain, over);
+            }
             limit_rules(rules, chain, limit);
         }
         policy_rules(rules, policy);
@@ -265,6 +280,7 @@ pub fn host_rules() -> String {
     let mut text = format!(
         "add table inet {TABLE}\n\
          add set inet {TABLE} internet {{ type ifname; }}\n\
+         add set inet {TABLE} {CONNECTIONS} {{ type ifname; size {MAX_LINKS}; flags dynamic; }}\n\
          add chain inet {TABLE} input {{ type filter hook input {priority} }}\n\
          add chain inet {TABLE} forward {{ type filter hook forward {priority} }}\n\
          add chain inet {TABLE} postrouting {{ type nat hook postrouting priority srcnat; }}\n"
@@ -277,6 +293,13 @@ pub fn host_rules() -> String {
         ("input", format!("iifname {ours} {answers}")),
         ("input", format!("iifname {ours} drop")),
         ("forward", format!("iifname {ours} oifname {ours} drop")),
+        (
+            "forward",
+            format!(
+                "iifname @internet ct state new add @{CONNECTIONS} {{ iifname ct count over {MAX_CONNECTIONS} }} \
+                 drop"
+            ),
+        ),
         ("forward", format!("iifname @internet ip daddr != {{ {denied} }} accept")),
         ("forward", format!("iifname {ours} drop")),
         ("forward", format!("oifname @internet {answers}")),
@@ -302,6 +325,14 @@ pub fn host_element(slot: Slot, lets_out: bool) -> String {
         // Deleting what is not there is an error; adding what is there is none.
         format!("add {element}delete {element}")
     }
+}
+
+/// Forgets a link that is being removed, wherever it is named.
+pub fn host_forgetting(slot: Slot) -> String {
+    let link = slot.host_link_name();
+    let connections =
+        format!("element inet {TABLE} {CONNECTIONS} {{ \"{link}\" ct count over {MAX_CONNECTIONS} }}\n");
+    host_element(slot, false) + &format!("add {connections}delete {connections}")
 }
 
 /// A question whose answer is an error when [`host_rules`] are not in place.
@@ -422,8 +453,9 @@ mod tests {
         let forward: Vec<_> =
             rules.lines().filter(|l| l.starts_with("add rule inet wrenn forward")).collect();
         assert!(forward[0].ends_with("iifname \"wrenn-*\" oifname \"wrenn-*\" drop"));
-        assert!(forward[2].ends_with("iifname \"wrenn-*\" drop"));
-        assert!(forward[4].ends_with("oifname \"wrenn-*\" drop"));
+        assert!(forward[1].contains("ct count over 8192 } drop"));
+        assert!(forward[3].ends_with("iifname \"wrenn-*\" drop"));
+        assert!(forward[5].ends_with("oifname \"wrenn-*\" drop"));
     }
 
     #[test]
@@ -475,7 +507,11 @@ mod tests {
         let rules = capsule_rules(slot::FIRST, &policy);
         assert_eq!(
             lines_of(&rules, "egress"),
-            ["limit rate over 1250000 bytes/second burst 125000 bytes drop", "accept"]
+            [
+                "ct state new ct count over 8192 drop",
+                "limit rate over 1250000 bytes/second burst 125000 bytes drop",
+                "accept"
+            ]
         );
         assert_eq!(
             lines_of(&rules, "ingress"),

@@ -83,7 +83,16 @@ pub(super) fn admit(slot: Slot, lets_out: bool) -> Result<(), NetError> {
 
 /// Takes a capsule's link out of the set of links with internet.
 pub(super) fn shut_in(slot: Slot) -> Result<(), NetError> {
-    match firewall::load(&firewall::host_element(slot, false), None) {
+    take_out(&firewall::host_element(slot, false))
+}
+
+/// Takes a capsule's link, which is being removed, out of everything in the table.
+pub(super) fn forget(slot: Slot) -> Result<(), NetError> {
+    take_out(&firewall::host_forgetting(slot))
+}
+
+fn take_out(rules: &str) -> Result<(), NetError> {
+    match firewall::load(rules, None) {
         // Where the table is not in place there is no set to be in.
         Err(FirewallError::Refused { .. }) if !is_installed()? => Ok(()),
         other => Ok(other?),
