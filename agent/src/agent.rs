@@ -173,6 +173,7 @@ impl Agent {
         self.ctx.update_clock();
         self.plan_registration();
         self.sample_usage();
+        self.begin_mending();
         loop {
             let timeout = self.next_wait();
             match self.poll.poll(&mut events, Some(timeout)) {
@@ -281,6 +282,7 @@ impl Agent {
                 self.on_network_changed(waiter, &capsule_id, result);
             }
             Report::Snapshots(waiter, report) => self.on_snapshots_report(waiter, report),
+            Report::Mended(result) => self.on_mended(result),
             Report::Registration(report) => {
                 self.registration.on_report(report, self.ctx.now_ms());
                 if let Some(verifier) = self.registration.take_new_verifier() {
@@ -312,6 +314,7 @@ impl Agent {
                 }
             }
             TimerKey::Sample => self.sample_usage(),
+            TimerKey::Mend => self.begin_mending(),
             TimerKey::Shutdown => self.outcome = Some(self.give_up_ending()),
             TimerKey::Capsule(key, timer) => self.on_capsule_timer(key, timer, now_ms),
         }

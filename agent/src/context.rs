@@ -50,6 +50,8 @@ pub enum TimerKey {
     Registration,
     /// What capsules use is looked at again.
     Sample,
+    /// The host's firewall table is looked at again.
+    Mend,
     /// Shutting down has taken too long.
     Shutdown,
 }
@@ -70,6 +72,8 @@ pub enum Report {
         /// How it ended.
         result: Result<(), NetError>,
     },
+    /// Of a look at the host's firewall table: whether it was gone.
+    Mended(Result<bool, NetError>),
     /// Of what a stream asked about snapshots.
     Snapshots((PeerId, StreamId), SnapshotsReport),
 }

@@ -4,6 +4,7 @@
 //! - [`startup`]: from there to a running agent
 //! - [`agent`]: the event loop; [`context`]: what all its parts share; [`ending`]: how it ends
 //! - [`orders`]: telling it to
+//! - [`mending`]: the host's firewall table, which others may remove
 //! - [`sessions`], [`service`], [`forward`]: what it does for a control plane, over wire sessions
 //! - [`registration`], [`cp_client`]: how the control plane knows of this host
 //! - [`capsule`]: one microVM with everything that belongs to it
@@ -26,6 +27,7 @@ pub mod disk;
 pub mod ending;
 pub mod forward;
 pub mod layout;
+pub mod mending;
 pub mod metrics;
 pub mod net;
 pub mod orders;

@@ -17,7 +17,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::process::Command;
 use std::time::Duration;
 use support::{Machine, with_free_slot};
-use wrenn_agent::net::{CapsuleNetwork, Policy, firewall, host};
+use wrenn_agent::net::{CapsuleNetwork, Policy, existing_slots, firewall, host};
 
 const CLOSED: &Policy = &Policy::CLOSED;
 const OPEN: &Policy = &Policy::OPEN;
@@ -235,6 +235,40 @@ fn a_guest_cannot_fill_the_kernels_table_of_connections() {
     drop((tap, outside));
     network.destroy().expect("destroyed");
     std::fs::write("/proc/sys/net/ipv4/ip_forward", forwarding).expect("restored");
+    machine.check();
+}
+
+#[test]
+fn rules_that_somebody_has_flushed_are_put_in_place_again() {
+    let Some(machine) = Machine::take() else { return };
+    let make = |policy| with_free_slot(|slot| CapsuleNetwork::create(slot, policy));
+    let ((open, open_tap), (closed, closed_tap)) = (make(OPEN), make(CLOSED));
+    let names = [open.slot().host_link_name(), closed.slot().host_link_name()];
+    let handles = [open.policy_handle(), closed.policy_handle()];
+    let links = || {
+        let set = output("nft", &["list", "set", "inet", "wrenn", "internet"]);
+        [0, 1].map(|which| set.contains(&format!("\"{}\"", names[which])))
+    };
+    assert!(!host::mend(&handles).expect("looked at"), "nothing was gone");
+    // As it is after another capsule's creation was first to put the table in place again.
+    let element = format!("{{ \"{}\" }}", names[0]);
+    output("nft", &["delete", "element", "inet", "wrenn", "internet", &element]);
+    assert!(!host::mend(&handles).expect("looked at"));
+    assert_eq!(links(), [true, false]);
+    // Where no other agent needs it.
+    if existing_slots().expect("listed") == [open.slot(), closed.slot()] {
+        output("nft", &["delete", "table", "inet", "wrenn"]);
+        assert!(host::mend(&handles).expect("mended"), "it was gone");
+        assert_eq!(links(), [true, false]);
+        let chain = output("nft", &["list", "chain", "inet", "wrenn", "input"]);
+        assert!(chain.contains("iifname \"wrenn-*\" drop"), "{chain}");
+    }
+    drop((open_tap, closed_tap));
+    open.destroy().expect("destroyed");
+    closed.destroy().expect("destroyed");
+    // One that is being taken away is let out no more.
+    assert!(!host::mend(&handles).expect("looked at") && !host::mend(&[]).expect("nothing to do"));
+    assert_eq!(links(), [false, false]);
     machine.check();
 }
 

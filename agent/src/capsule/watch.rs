@@ -5,7 +5,7 @@ use super::limits::host_memory_mb;
 use super::{Capsule, MIB, Waiter};
 use crate::context::{Context, Report};
 use crate::metrics::Probe;
-use crate::net::Policy;
+use crate::net::{CapsuleNetwork, Policy, PolicyHandle};
 use wire::message::CapsuleState;
 
 impl Capsule {
@@ -24,6 +24,11 @@ impl Capsule {
             Report::NetworkChanged { waiter, capsule_id: id, result }
         });
         Ok(())
+    }
+
+    /// Its network's policy, where it has a network.
+    pub fn network_handle(&self) -> Option<PolicyHandle> {
+        self.network.as_ref().map(CapsuleNetwork::policy_handle)
     }
 
     /// Adds what it was promised and does not have yet. Its VMM takes `overhead_mb`.

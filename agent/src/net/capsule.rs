@@ -179,6 +179,18 @@ impl PolicyHandle {
         })
     }
 
+    /// Lets the links of those that may out to the internet, as they should be already. Nothing changes that
+    /// meanwhile.
+    pub(super) fn admit_again(handles: &[PolicyHandle]) -> Result<(), NetError> {
+        let held: Vec<_> = handles.iter().map(|handle| (handle.slot, held(&handle.access))).collect();
+        let let_out = held.iter().filter(|(_, access)| access.let_out && !access.ended);
+        let elements: String = let_out.map(|(slot, _)| firewall::host_element(*slot, true)).collect();
+        if !elements.is_empty() {
+            firewall::load(&elements, None)?;
+        }
+        Ok(())
+    }
+
     fn apply(&self, access: &mut Access, policy: &Policy) -> Result<(), NetError> {
         let rules = firewall::capsule_rules(self.slot, policy);
         firewall::load(&rules, Some(self.namespace.as_fd()))?;

@@ -337,7 +337,8 @@ pub fn host_forgetting(slot: Slot) -> String {
 
 /// A question whose answer is an error when [`host_rules`] are not in place.
 pub fn host_query() -> String {
-    format!("list set inet {TABLE} internet\n")
+    // What the table has had last: one of an earlier version is not in place.
+    format!("list set inet {TABLE} {CONNECTIONS}\n")
 }
 
 #[derive(Default)]

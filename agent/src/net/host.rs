@@ -1,6 +1,7 @@
 //! What all capsules of a host share: one firewall table, and forwarding where a capsule may reach the
 //! internet.
 
+use super::capsule::PolicyHandle;
 use super::error::NetError;
 use super::firewall::{self, FirewallError};
 use super::slot::Slot;
@@ -12,6 +13,8 @@ use std::time::Duration;
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 const LINKS: &str = "/sys/class/net";
 
+/// How many links go into one transaction: some 50 bytes each, of what [`firewall::load`] takes.
+const LINKS_AT_ONCE: usize = 512;
 /// A removal takes milliseconds.
 const LOCK_RETRY: Duration = Duration::from_millis(5);
 const LOCK_ATTEMPTS: u32 = 400;
@@ -49,6 +52,24 @@ pub fn remove_if_unused() -> Result<bool, NetError> {
     }
 }
 
+/// Puts the table in place again where somebody has removed it, as whoever loads a firewall of his own does
+/// (`nft flush ruleset`), and these capsules' links with it. Without it a guest with internet would reach the
+/// host's own public addresses. Returns whether it was gone. Blocks for milliseconds.
+pub fn mend(networks: &[PolicyHandle]) -> Result<bool, NetError> {
+    if networks.is_empty() {
+        return Ok(false);
+    }
+    let is_gone = !is_installed()?;
+    if is_gone {
+        install(true)?;
+    }
+    // Also where it is there: another capsule's creation may have been first to put it in place, empty.
+    for some in networks.chunks(LINKS_AT_ONCE) {
+        PolicyHandle::admit_again(some)?;
+    }
+    Ok(is_gone)
+}
+
 /// Keeps [`remove_if_unused`], of whichever agent on this host, from taking the table away until the result
 /// is dropped: long enough to make a link, which then keeps it.
 pub(super) fn hold() -> Result<File, NetError> {
@@ -83,18 +104,18 @@ pub(super) fn admit(slot: Slot, lets_out: bool) -> Result<(), NetError> {
 
 /// Takes a capsule's link out of the set of links with internet.
 pub(super) fn shut_in(slot: Slot) -> Result<(), NetError> {
-    take_out(&firewall::host_element(slot, false))
+    match firewall::load(&firewall::host_element(slot, false), None) {
+        // Where the table is not in place there is no set to be in.
+        Err(FirewallError::Refused { .. }) if !is_installed()? => Ok(()),
+        other => Ok(other?),
+    }
 }
 
 /// Takes a capsule's link, which is being removed, out of everything in the table.
 pub(super) fn forget(slot: Slot) -> Result<(), NetError> {
-    take_out(&firewall::host_forgetting(slot))
-}
-
-fn take_out(rules: &str) -> Result<(), NetError> {
-    match firewall::load(rules, None) {
-        // Where the table is not in place there is no set to be in.
-        Err(FirewallError::Refused { .. }) if !is_installed()? => Ok(()),
+    match firewall::load(&firewall::host_forgetting(slot), None) {
+        // There is no table, or it is one that an agent of an earlier version has put in place anew.
+        Err(FirewallError::Refused { .. }) if !is_installed()? => shut_in(slot),
         other => Ok(other?),
     }
 }
