@@ -8,6 +8,7 @@ use crate::whole_file;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 use wire::auth::Verifier;
@@ -21,6 +22,8 @@ pub const FIRST_RETRY_MS: u64 = 1_000;
 pub const REJECTED_RETRY_MS: u64 = 300_000;
 /// The age at which the token, valid for seven days, is exchanged for a new one, in seconds.
 pub const REFRESH_AGE_SEC: u64 = 3 * 24 * 3600;
+/// The permissions that nobody but the owner of the credentials may have.
+const OPEN_TO_OTHERS: u32 = 0o077;
 /// The longest credentials file that is read, in bytes.
 const MAX_FILE_BYTES: u64 = 65_536;
 
@@ -61,6 +64,13 @@ pub enum CredentialsError {
     },
     /// The file is not what was saved.
     Malformed(PathBuf),
+    /// Others than its owner may read or change it.
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Its permissions.
+        mode: u32,
+    },
 }
 
 impl std::fmt::Display for CredentialsError {
@@ -82,6 +92,12 @@ impl std::fmt::Display for CredentialsError {
                  /v1/hosts) and register with the token of that",
                 path.display()
             ),
+            CredentialsError::Open { path, mode } => write!(
+                f,
+                "{} has mode {mode:04o}, so that others can read or change this host's credentials: run `chmod 600 {0}`; \
+                 where somebody may have read it, delete this host in the control plane and register it anew",
+                path.display()
+            ),
         }
     }
 }
@@ -94,6 +110,9 @@ impl Credentials {
         let io = |step, source| CredentialsError::Io { step, path: path.to_path_buf(), source };
         match fs::metadata(path) {
             Ok(m) if m.len() > MAX_FILE_BYTES => return Err(CredentialsError::Malformed(path.into())),
+            Ok(m) if m.mode() & OPEN_TO_OTHERS != 0 => {
+                return Err(CredentialsError::Open { path: path.into(), mode: m.mode() & 0o7777 });
+            }
             Ok(_) => {}
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 return Err(CredentialsError::Missing(path.into()));
@@ -389,6 +408,12 @@ mod tests {
         for bad in ["", "{}", "{\"host_id\":1}"] {
             fs::write(&path, bad).expect("written");
             assert!(matches!(Credentials::load(&path), Err(CredentialsError::Malformed(_))), "{bad:?}");
+        }
+        for mode in [0o644, 0o640, 0o602] {
+            credentials().save(&path).expect("saved");
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).expect("set");
+            let error = Credentials::load(&path).expect_err("open to others");
+            assert!(error.to_string().contains(&format!("chmod 600 {}", path.display())), "{error}");
         }
         fs::remove_file(&path).expect("removed");
     }

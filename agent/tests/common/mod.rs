@@ -2,9 +2,10 @@
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
@@ -88,7 +89,9 @@ impl Place {
             "obtained_sec":{}}}"#,
             u32::MAX
         );
-        fs::write(self.directory.join("host-token"), token).expect("token");
+        let path = self.directory.join("host-token");
+        fs::write(&path, token).expect("token");
+        fs::set_permissions(&path, Permissions::from_mode(0o600)).expect("token");
     }
 
     /// Its network slots.
