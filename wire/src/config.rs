@@ -676,6 +676,39 @@ mod tests {
     }
 
     #[test]
+    fn every_variable_is_in_the_table_of_the_readme_and_in_the_example() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let read = |name: &str| std::fs::read_to_string(root.join(name)).expect("a file of the repository");
+        let (readme, example) = (read("README.md"), read(".env.example"));
+        for row in VARIABLES.iter().filter(|v| v.program != Program::Client) {
+            let program = match row.program {
+                Program::ControlPlane => "cp",
+                Program::Agent => "agent",
+                _ => "both",
+            };
+            let start = format!("| `{}` | {program} | ", row.name);
+            let line = readme.lines().find(|line| line.starts_with(&start));
+            let line = line.unwrap_or_else(|| panic!("README.md has no line {start:?}"));
+            if let Some(default) = row.default {
+                assert!(line[start.len()..].starts_with(&format!("`{default}` | ")), "{line}");
+            }
+            let is_there = |line: &str| {
+                line.trim_start_matches("# ").strip_prefix(row.name).is_some_and(|rest| rest.starts_with('='))
+            };
+            assert!(example.lines().any(is_there), ".env.example has no line for {}", row.name);
+        }
+        let commented_in = example.lines().filter(|line| !line.starts_with('#'));
+        let with_secret = commented_in.map(|line| match line {
+            "JWT_SECRET=" => "JWT_SECRET=0123456789abcdef0123456789abcdef",
+            other => other,
+        });
+        let text = with_secret.collect::<Vec<_>>().join("\n");
+        for program in [Program::ControlPlane, Program::Agent] {
+            Settings::read(program, [], &text).expect("the example is one");
+        }
+    }
+
+    #[test]
     fn defaults_hold_where_nothing_is_set() {
         let settings = read(Program::Agent, &[("PATH", "/bin"), ("WRENN_CP_URL", "")], "").expect("defaults");
         assert_eq!(
