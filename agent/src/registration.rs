@@ -308,9 +308,13 @@ impl Registration {
 }
 
 fn refresh(url: &HttpUrl, credentials: &Credentials, path: &Path) -> Result<Credentials, CallError> {
+    // Where there is no room for these there is none for new ones, and the refresh token, good for once, would be
+    // used up for nothing: on a full disk the host would lose its registration.
+    credentials.save(path).map_err(|e| CallError::Local(e.to_string()))?;
     let fresh = cp_client::refresh(url, credentials)?;
-    // The old refresh token is used up: what is not saved now is lost at the next start.
-    fresh.save(path).map_err(|e| CallError::Local(e.to_string()))?;
+    if let Err(e) = fresh.save(path) {
+        log::error!("{e}; until the token is renewed again, a restarted agent has to be registered anew");
+    }
     Ok(fresh)
 }
 
@@ -379,6 +383,22 @@ mod tests {
         assert_eq!(registration.choose(now_sec()), Next::Heartbeat);
         assert!(registration.take_new_verifier().is_some());
         assert!(registration.take_new_verifier().is_none());
+    }
+
+    #[test]
+    fn a_token_that_could_not_be_saved_is_not_used_up() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("listening");
+        listener.set_nonblocking(true).expect("set");
+        let address = listener.local_addr().expect("bound");
+        let url = HttpUrl::parse(&format!("http://{address}")).expect("a URL");
+        // As on a full disk.
+        let refused = refresh(&url, &credentials(), Path::new("/nowhere/at/all/host-token"));
+        assert!(matches!(refused, Err(CallError::Local(_))), "{refused:?}");
+        assert_eq!(
+            listener.accept().map(drop).map_err(|e| e.kind()),
+            Err(io::ErrorKind::WouldBlock),
+            "the control plane was asked"
+        );
     }
 
     #[test]
