@@ -310,7 +310,7 @@ impl Agent {
             }
             TimerKey::Registration => {
                 if let Some(job) = self.registration.begin(now_ms) {
-                    self.ctx.workers.submit(move || Report::Registration(job()));
+                    self.ctx.workers.submit_apart(move || Report::Registration(job()));
                 }
             }
             TimerKey::Sample => self.sample_usage(),

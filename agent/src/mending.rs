@@ -16,7 +16,7 @@ impl Agent {
         }
         let networks: Vec<_> =
             self.capsules.values().filter_map(|capsule| capsule.network_handle()).collect();
-        self.ctx.workers.submit(move || Report::Mended(host::mend(&networks)));
+        self.ctx.workers.submit_apart(move || Report::Mended(host::mend(&networks)));
     }
 
     /// It was looked at.
