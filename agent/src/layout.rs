@@ -181,7 +181,9 @@ impl Layout {
                     let holder =
                         Process::child(std::process::id()).map_err(|e| io("look at the agent of", e))?;
                     let text = format!("{} {}\n", holder.pid(), holder.start_ticks());
-                    let written = file.set_len(0).and_then(|()| file.write_all_at(text.as_bytes(), 0));
+                    // In place: on a full disk a file that was emptied stays empty.
+                    let length = text.len() as u64;
+                    let written = file.write_all_at(text.as_bytes(), 0).and_then(|()| file.set_len(length));
                     return written.map(|()| Lock { _file: file }).map_err(|e| io("write", e));
                 }
                 Err(TryLockError::WouldBlock) => thread::sleep(LOCK_RETRY),

@@ -16,9 +16,12 @@ pub fn replace(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
         _ => {}
     }
     let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&new)?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    fs::rename(&new, path)?;
+    let placed = file.write_all(content).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&new, path));
+    if placed.is_err() {
+        // On a full disk even that is needed. The first error is the one to tell.
+        let _ = fs::remove_file(&new);
+    }
+    placed?;
     File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
 }
 

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Agent, Client, Place, creation, guest_directory};
+use common::{Agent, Client, Place, SmallStorage, creation, guest_directory};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::time::Instant;
@@ -163,4 +163,48 @@ fn an_agent_is_drained_and_terminated() {
     assert!(agent.wait().success());
     assert_eq!(place.remains(), Vec::<String>::new());
     assert_eq!(Ending::of_signal(Ending::Drain.signal()), Ending::Drain);
+}
+
+#[test]
+fn an_agent_that_starts_on_full_storage_goes_on_with_what_is_there() {
+    let Some(guest) = guest_directory() else { return };
+    let place = Place::with_guest(2, &guest);
+    let sandboxes = place.directory.join("sandboxes");
+    std::fs::create_dir(&sandboxes).expect("made");
+    let storage = SmallStorage::mount(&sandboxes, 512);
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    for id in ["cl-awake", "cl-asleep"] {
+        let _: CapsuleInfo = cp.ask(&creation(id)).expect("created");
+        start_counter(&mut cp, id);
+    }
+    let asleep = || "cl-asleep".to_string();
+    let _: CapsuleInfo = cp.ask(&CapsulePause { capsule_id: asleep() }).expect("paused");
+    // As a power cut leaves the end of a journal.
+    let journal = std::fs::File::options().append(true).open(sandboxes.join("cl-asleep/journal"));
+    journal.and_then(|mut file| std::io::Write::write_all(&mut file, b"0123456789abcdef {")).expect("torn");
+    let ballast = storage.fill();
+    agent.kill();
+
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    assert_eq!(state(&mut cp, "cl-awake"), CapsuleState::Running);
+    assert_eq!(state(&mut cp, "cl-asleep"), CapsuleState::Paused);
+    assert_eq!(count(&mut cp, "cl-awake"), 1);
+    // Neither does the one after that know less, nor does a second start lose what the first one noted.
+    agent.kill();
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    std::fs::remove_file(&ballast).expect("removed");
+    let _: CapsuleInfo = cp.ask(&CapsuleResume { capsule_id: asleep(), deadline_ms: 0 }).expect("resumed");
+    let _: CapsuleInfo = cp.ask(&CapsulePause { capsule_id: asleep() }).expect("paused");
+    agent.kill();
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    assert_eq!(state(&mut cp, "cl-asleep"), CapsuleState::Paused);
+    let _: CapsuleInfo = cp.ask(&CapsuleResume { capsule_id: asleep(), deadline_ms: 0 }).expect("resumed");
+    assert_eq!((count(&mut cp, "cl-awake"), count(&mut cp, "cl-asleep")), (2, 1));
+    assert!(agent.terminate().success());
+    assert_eq!(place.remains(), Vec::<String>::new());
+    drop(storage);
 }

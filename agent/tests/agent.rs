@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Agent, Client, PATIENCE, Place, SECRET, creation, free_address, guest_directory};
+use common::{Agent, Client, PATIENCE, Place, SECRET, SmallStorage, creation, free_address, guest_directory};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -542,27 +542,6 @@ fn a_guest_whose_kernel_panics_is_a_clear_error_at_once() {
     assert!(error.text.contains("panic"), "{error}");
     assert_eq!(place.remains(), Vec::<String>::new());
     assert!(agent.terminate().success());
-}
-
-/// A file system of its own in memory, unmounted when dropped.
-struct SmallStorage(std::path::PathBuf);
-
-impl SmallStorage {
-    fn mount(directory: &std::path::Path, mib: u32) -> SmallStorage {
-        let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={mib}m,mode=0700"), "wrenn-test"])
-            .arg(directory)
-            .status();
-        assert!(mounted.expect("mount runs").success());
-        SmallStorage(directory.to_owned())
-    }
-}
-
-impl Drop for SmallStorage {
-    fn drop(&mut self) {
-        // Lazily: a test that failed may have left a machine, which goes with its place.
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
 }
 
 #[test]

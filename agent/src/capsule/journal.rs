@@ -106,6 +106,32 @@ pub fn begin(directory: &Path, step: Step, phase: Phase, record: &Record) -> io:
     Ok(())
 }
 
+/// Begins a capsule's journal anew for an agent that takes it over. On a full disk the one that is there goes on,
+/// without what a crash has left of its last line: what runs or is paused must not be given up for that. Blocks
+/// until it is on disk.
+pub fn take_over(directory: &Path, record: &Record) -> io::Result<()> {
+    match begin(directory, Step::Adopt, Phase::Done, record) {
+        Err(e) if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
+            log::warn!("{}: the journal is not begun anew: {e}; make room", directory.display());
+            cut_torn_end(&directory.join(FILE_NAME)).map_err(|_| e)
+        }
+        other => other,
+    }
+}
+
+/// What is appended after half a line would make that line damage in the midst.
+fn cut_torn_end(path: &Path) -> io::Result<()> {
+    let text = whole_file::read(path, MAX_JOURNAL_BYTES, "journal")?.ok_or(io::ErrorKind::NotFound)?;
+    let lines = text.split_inclusive(|b| *b == b'\n');
+    let whole: usize = lines.take_while(|line| entry_of(line).is_some()).map(<[u8]>::len).sum();
+    if whole == 0 {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let file = OpenOptions::new().write(true).open(path)?;
+    file.set_len(whole as u64)?;
+    file.sync_data()
+}
+
 /// Appends an entry, with a record where what the capsule owns changes with it. Blocks.
 ///
 /// # Errors
@@ -429,6 +455,26 @@ mod tests {
             let last = entries.last().map(|(step, phase, _)| (*step, *phase));
             assert_eq!((history.record, Some(history.last)), (record, last), "{name}");
         }
+    }
+
+    #[test]
+    fn a_torn_end_is_cut_off_and_nothing_else() {
+        let directory = Directory::new("cut");
+        let (_, second) = written(&directory);
+        let (path, text) = (directory.0.join(FILE_NAME), directory.text());
+        for torn in [&b""[..], b"0", b"0123456789abcdef {\"at_ms\":1", &[0; 40]] {
+            fs::write(&path, [&text[..], torn].concat()).expect("written");
+            cut_torn_end(&path).expect("cut");
+            assert!(directory.text() == text);
+            append(&directory.0, Step::RemoveNetwork, Phase::Done, None).expect("appended");
+            let history = read(&directory.0).expect("read").expect("there");
+            assert_eq!((history.record, history.last), (second.clone(), (Step::RemoveNetwork, Phase::Done)));
+        }
+        // Of an agent before the journal there is nothing that could go on.
+        fs::write(&path, b"").expect("written");
+        assert!(cut_torn_end(&path).is_err());
+        fs::remove_file(&path).expect("removed");
+        assert!(cut_torn_end(&path).is_err());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! What runs is adopted, what is paused is kept, what was half made or half taken away is cleared away, and
 //! what no journal names is left alone.
 
-use super::journal::{self, History, Phase, Step};
+use super::journal::{self, History};
 use super::lifecycle::{Fate, Remains};
 use super::record::{self, Record};
 use crate::disk::{self, Backend, Disk, DiskError};
@@ -271,8 +271,7 @@ fn adopt(directory: &Path, record: Record, mut machine: Machine) -> Result<LeftR
     network.set_policy(&policy).map_err(RecoveryError::Net)?;
     machine.run_on().map_err(RecoveryError::Vmm)?;
     image::clean(directory, None, record.base);
-    journal::begin(directory, Step::Adopt, Phase::Done, &record)
-        .map_err(io_error("writing the journal of", directory))?;
+    journal::take_over(directory, &record).map_err(io_error("writing the journal of", directory))?;
     Ok(LeftRunning { record, network, disk, machine })
 }
 
@@ -284,8 +283,7 @@ fn settle(directory: &Path, mut record: Record) -> Result<LeftPaused, RecoveryEr
     let disk = disk.ok_or_else(|| RecoveryError::Incomplete(directory.to_owned()))?;
     record.machine = None;
     // What the agent before this one may have left half written is no part of it.
-    journal::begin(directory, Step::Adopt, Phase::Done, &record)
-        .map_err(io_error("writing the journal of", directory))?;
+    journal::take_over(directory, &record).map_err(io_error("writing the journal of", directory))?;
     image::clean(directory, record.image.as_ref(), record.base);
     Ok(LeftPaused { record, slot, disk })
 }
@@ -366,6 +364,7 @@ fn io_error(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Recove
 
 #[cfg(test)]
 mod tests {
+    use super::journal::{Phase, Step};
     use super::*;
 
     #[test]

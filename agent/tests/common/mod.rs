@@ -165,6 +165,38 @@ pub fn use_vmm(vmm: &'static str, program: &Path) {
     *VMM.lock().expect("nobody failed with it") = Some((vmm, program.to_owned()));
 }
 
+/// A file system of its own in memory, unmounted when dropped.
+pub struct SmallStorage(PathBuf);
+
+impl SmallStorage {
+    pub fn mount(directory: &Path, mib: u32) -> SmallStorage {
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={mib}m,mode=0700"), "wrenn-test"])
+            .arg(directory)
+            .status();
+        assert!(mounted.expect("mount runs").success());
+        SmallStorage(directory.to_owned())
+    }
+
+    /// Fills it to the last byte; what is filled with goes when this is removed.
+    pub fn fill(&self) -> PathBuf {
+        let ballast = self.0.join("ballast");
+        let mut file = fs::File::create(&ballast).expect("made");
+        for size in [1 << 20, 4_096, 1] {
+            let piece = vec![1; size];
+            while file.write_all(&piece).is_ok() {}
+        }
+        ballast
+    }
+}
+
+impl Drop for SmallStorage {
+    fn drop(&mut self) {
+        // Lazily: a test that failed may have left a machine, which goes with its place.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
 /// A running agent; killed when dropped.
 pub struct Agent {
     pub child: Child,
