@@ -226,6 +226,17 @@ fn reflinks_are_used_where_the_filesystem_has_them() {
     let elsewhere = Directory::new("other-filesystem");
     assert_eq!(Backend::probe(&elsewhere.0, directory).expect("probed"), Backend::Overlay);
     assert!(mount.0.names().is_empty(), "the probe leaves nothing");
+    // An agent that starts while it is full must not make other disks, in another VMM, from then on.
+    let ballast = directory.join("ballast");
+    let mut file = File::create(&ballast).expect("created");
+    for size in [1 << 20, 4096, 1] {
+        let piece = vec![1; size];
+        while file.write_all(&piece).and_then(|()| file.sync_all()).is_ok() {}
+    }
+    assert_eq!(Backend::probe(directory, directory).expect("probed"), Backend::Reflink);
+    drop(file);
+    fs::remove_file(&ballast).expect("removed");
+    tool("sync", &["-f", mount.0.0.to_str().expect("text")]);
 
     let base = base_image(directory);
     let disk = Backend::Reflink.create(&spec(&base, directory, Some(1 << 30))).expect("created");

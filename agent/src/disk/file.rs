@@ -120,7 +120,11 @@ pub(super) fn probe(images: &Path, capsules: &Path) -> Result<Backend, DiskError
     };
     // Images may be on a read-only or another filesystem, which an overlay does not mind.
     let cloned = nameless(images).and_then(|from| {
-        from.write_all_at(&[0; SECTOR_BYTES as usize], 0)?;
+        match from.write_all_at(&[0; SECTOR_BYTES as usize], 0) {
+            // A file system that is full has no other ways than before: nothing can be copied from an empty file too.
+            Err(e) if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {}
+            written => written?,
+        }
         reflink::clone(&from, &to)
     });
     Ok(if cloned.is_ok() { Backend::Reflink } else { Backend::Overlay })

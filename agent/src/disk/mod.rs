@@ -97,6 +97,11 @@ impl Backend {
     pub fn probe(images: &Path, capsules: &Path) -> Result<Backend, DiskError> {
         match dm::probe(capsules) {
             Ok(()) => Ok(Backend::DeviceMapper),
+            // What worked before works again when there is room; capsules of another kind would be made until then.
+            Err(e) if e.is_storage_full() && dm::is_there() => {
+                log::warn!("device-mapper could not be tried, and is taken to work: {e}");
+                Ok(Backend::DeviceMapper)
+            }
             Err(e) => {
                 log::info!("disks are not made by device-mapper: {e}");
                 file::probe(images, capsules)

@@ -123,6 +123,13 @@ fn the_probe_chooses_it(directory: &Path) {
     Backend::DeviceMapper.create(&spec).expect("created");
     assert_eq!(Backend::probe(&layout.images(), &layout.sandboxes()).expect("probed"), Backend::DeviceMapper);
     assert!(!left.exists() && remains().is_empty());
+    // An agent that starts while nothing can be written must not make other disks, in another VMM, from then on.
+    let ballast = ballast(directory, 8 * MIB);
+    let mut rest = File::create(directory.join("rest")).expect("created");
+    while std::io::Write::write_all(&mut rest, &[1; 4096]).is_ok() {}
+    assert_eq!(Backend::probe(&layout.images(), &layout.sandboxes()).expect("probed"), Backend::DeviceMapper);
+    fs::remove_file(ballast).expect("removed");
+    assert_eq!(fs::read_dir(layout.sandboxes()).expect("listed").count(), 0);
 }
 
 fn disks_are_separate_and_share_their_base(directory: &Path) {

@@ -85,6 +85,11 @@ pub(super) fn probe(capsules: &Path) -> Result<(), DiskError> {
     tried.and(cleared)
 }
 
+/// Whether this kernel has a device-mapper, whatever it can do.
+pub(super) fn is_there() -> bool {
+    control_if_there().is_ok_and(|control| control.is_some())
+}
+
 fn probe_in(directory: &Path) -> Result<(), DiskError> {
     const PROBE_BYTES: u64 = 64 * 1024;
     let base = directory.join("base");
