@@ -252,12 +252,18 @@ impl Capsule {
     /// Takes what the VMM and the guest's console have to say; true when there may be more.
     pub fn pump_machine(&mut self) -> bool {
         let Some(machine) = &mut self.machine else { return false };
-        let console = machine.pump_console().unwrap_or_else(|e| {
+        let (console, trouble) = machine.pump_console();
+        if let Some(e) = trouble {
             log::warn!("capsule {}: the log of its console: {e}", self.spec.id);
-            Pump::Drained
-        });
+        }
         let monitor = machine.pump_monitor().unwrap_or_else(|e| {
             log::warn!("capsule {}: its VMM's monitor: {e}", self.spec.id);
+            // One that breaks the protocol may have been taken over by its guest, and would go on doing so.
+            if let VmmError::Monitor(_) = e
+                && let Err(e) = machine.kill()
+            {
+                log::error!("capsule {}: killing the VMM: {e}", self.spec.id);
+            }
             Pump::Closed
         });
         // Bounded by what one turn of the monitor reads.

@@ -34,13 +34,19 @@ pub enum Pump {
 pub struct Console {
     source: File,
     log: BoundedLog,
+    /// Whether the log could not be written, and that was told.
+    is_failing: bool,
 }
 
 impl Console {
     /// What comes from `source`, a socket or a pipe that does not block, goes to the log in `directory`,
     /// behind what is there already.
     pub fn new(source: OwnedFd, directory: &Path) -> io::Result<Console> {
-        Ok(Console { source: File::from(source), log: BoundedLog::open(directory, LOG_BYTES)? })
+        Ok(Console {
+            source: File::from(source),
+            log: BoundedLog::open(directory, LOG_BYTES)?,
+            is_failing: false,
+        })
     }
 
     /// The descriptor to wait on.
@@ -48,19 +54,26 @@ impl Console {
         self.source.as_raw_fd()
     }
 
-    /// Reads what there is, up to a bound. An error is one of the log file's: a full disk, say.
-    pub fn pump(&mut self) -> io::Result<Pump> {
+    /// Reads what there is, up to a bound; and why the log file could not be written (a full disk, say), once for
+    /// each time that this begins: a guest that prints without end must not fill the host's own log with it. What
+    /// the file does not take is lost, so that the guest does not wait for it.
+    pub fn pump(&mut self) -> (Pump, Option<io::Error>) {
         let mut chunk = [0; CHUNK_BYTES];
+        let mut trouble = None;
         for _ in 0..PUMP_BYTES / CHUNK_BYTES {
             match self.source.read(&mut chunk) {
-                Ok(0) => return Ok(Pump::Closed),
-                Ok(count) => self.log.write(&chunk[..count])?,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Pump::Drained),
+                Ok(0) => return (Pump::Closed, trouble),
+                Ok(count) => {
+                    let failed = self.log.write(&chunk[..count]).err();
+                    let was_failing = std::mem::replace(&mut self.is_failing, failed.is_some());
+                    trouble = trouble.or(failed.filter(|_| !was_failing));
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return (Pump::Drained, trouble),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return Ok(Pump::Closed),
+                Err(_) => return (Pump::Closed, trouble),
             }
         }
-        Ok(Pump::More)
+        (Pump::More, trouble)
     }
 
     /// The last `bytes` bytes, as text fit for an error message or a log.
@@ -188,14 +201,35 @@ mod tests {
         let (mut guest, host) = UnixStream::pair()?;
         host.set_nonblocking(true)?;
         let mut console = Console::new(host.into(), &directory.0)?;
-        assert_eq!(console.pump()?, Pump::Drained);
+        assert_eq!(console.pump().0, Pump::Drained);
         let writer = std::thread::spawn(move || guest.write_all(&[b'x'; 4 * PUMP_BYTES]));
         let mut seen = Pump::Drained;
         while seen != Pump::Closed {
-            seen = console.pump()?;
+            seen = console.pump().0;
         }
         assert!(writer.join().is_ok_and(|r| r.is_ok()));
         assert_eq!(console.tail(1_000_000).len() as u64, 2 * LOG_BYTES);
+        Ok(())
+    }
+
+    #[test]
+    fn a_log_that_cannot_be_written_is_told_once_and_holds_nobody_up() -> io::Result<()> {
+        let directory = Directory::new("full")?;
+        let (mut guest, host) = UnixStream::pair()?;
+        host.set_nonblocking(true)?;
+        let mut console = Console::new(host.into(), &directory.0)?;
+        let log = std::mem::replace(&mut console.log.file, OpenOptions::new().write(true).open("/dev/full")?);
+        let mut told = 0;
+        for _ in 0..3 {
+            guest.write_all(&[b'x'; 2 * CHUNK_BYTES])?;
+            let (pump, trouble) = console.pump();
+            assert_eq!(pump, Pump::Drained, "the guest would wait");
+            told += trouble.iter().len();
+        }
+        assert_eq!(told, 1);
+        console.log.file = log;
+        guest.write_all(b"again")?;
+        assert!(console.pump().1.is_none() && console.tail(100) == "again");
         Ok(())
     }
 

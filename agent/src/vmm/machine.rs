@@ -270,8 +270,9 @@ impl Machine {
         self.console.fd()
     }
 
-    /// Moves what the guest has written to its serial port into the log, up to a bound.
-    pub fn pump_console(&mut self) -> io::Result<Pump> {
+    /// Moves what the guest has written to its serial port into the log, up to a bound; and why that could not be
+    /// written, once for each time that this begins.
+    pub fn pump_console(&mut self) -> (Pump, Option<io::Error>) {
         self.console.pump()
     }
 
