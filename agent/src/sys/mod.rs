@@ -11,6 +11,7 @@
 //! - [`dm`]: device-mapper devices
 //! - [`loopdev`]: block devices whose content is a file
 //! - [`sparse`]: files with holes
+//! - [`direct`]: from memory to a disk, past the page cache
 //! - [`node`]: device files, named pipes and who is behind a socket
 //! - [`passing`]: handing open files to other processes
 //! - [`poll`]: waiting for one descriptor
@@ -23,6 +24,7 @@
 
 pub mod cgroup;
 pub mod clock;
+pub mod direct;
 pub mod dm;
 pub mod kvm;
 pub mod loopdev;

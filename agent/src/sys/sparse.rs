@@ -1,4 +1,4 @@
-//! Files with holes: lseek(2) with SEEK_DATA and SEEK_HOLE.
+//! Files with holes: lseek(2) with SEEK_DATA and SEEK_HOLE. And writing them out early: sync_file_range(2).
 
 use std::fs::File;
 use std::io;
@@ -7,6 +7,8 @@ use std::os::unix::fs::FileExt;
 
 /// How much is copied at a time.
 const COPY_BYTES: usize = 1 << 20;
+/// How much is written before the disk is told to begin with it: so much less is left when the file is synced.
+const BEHIND_BYTES: u64 = 4 << 20;
 /// The least that is worth a hole of its own in a file that has none.
 const HOLE_BYTES: usize = 64 * 1024;
 /// What is a hole or none as a whole.
@@ -22,10 +24,43 @@ pub fn next_data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
     }
 }
 
-/// Copies what is not a hole to the same place. Returns how many bytes that were. Blocks.
+/// Has the disk begin to write what a file got while more is put into it, so that the disk is not idle
+/// meanwhile. A promise of nothing: what has to last is synced in the end.
+#[derive(Debug)]
+pub struct WriteBehind<'a> {
+    file: &'a File,
+    begun: u64,
+}
+
+impl<'a> WriteBehind<'a> {
+    /// For a file that is written from its beginning to its end.
+    pub fn new(file: &'a File) -> WriteBehind<'a> {
+        WriteBehind { file, begun: 0 }
+    }
+
+    /// All up to `end` has been written. Blocks when the disk has more to do than it takes orders for.
+    pub fn written_to(&mut self, end: u64) {
+        if end.saturating_sub(self.begun) < BEHIND_BYTES {
+            return;
+        }
+        let range = (libc::off64_t::try_from(self.begun), libc::off64_t::try_from(end - self.begun));
+        if let (Ok(begin), Ok(length)) = range {
+            // Where it fails nothing is lost but time: syncing in the end tells what is wrong.
+            // SAFETY: sync_file_range takes its arguments by value.
+            let _ = unsafe {
+                libc::sync_file_range(self.file.as_raw_fd(), begin, length, libc::SYNC_FILE_RANGE_WRITE)
+            };
+        }
+        self.begun = end;
+    }
+}
+
+/// Copies what is not a hole to the same place, of which the disk begins to write what is there. Returns how
+/// many bytes that were. Blocks.
 pub fn copy_data(from: &File, to: &File) -> io::Result<u64> {
     let mut buffer = vec![0; COPY_BYTES];
     let (mut at, mut total) = (0, 0);
+    let mut behind = WriteBehind::new(to);
     while let Some((begin, end)) = next_data(from, at)? {
         at = begin;
         while at < end {
@@ -34,6 +69,7 @@ pub fn copy_data(from: &File, to: &File) -> io::Result<u64> {
             to.write_all_at(&buffer[..wanted], at)?;
             at += wanted as u64;
             total += wanted as u64;
+            behind.written_to(at);
         }
     }
     Ok(total)
@@ -86,6 +122,18 @@ pub fn dig_holes(file: &File) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Makes room for `length` bytes from `at` on in a file that is open for writing and so long; what is there stays.
+///
+/// # Errors
+/// EOPNOTSUPP where the file system knows no such thing.
+pub fn reserve(file: &File, at: u64, length: u64) -> io::Result<()> {
+    let (Ok(at), Ok(length)) = (libc::off64_t::try_from(at), libc::off64_t::try_from(length)) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    // SAFETY: fallocate takes its arguments by value.
+    super::check(unsafe { libc::fallocate64(file.as_raw_fd(), 0, at, length) }).map(drop)
 }
 
 /// Whether that could be done.

@@ -7,6 +7,7 @@
 
 use super::machine::system;
 use super::{Kind, Restore, VmmError};
+use crate::sys::sparse::WriteBehind;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufReader, BufWriter, Read, Write};
@@ -138,7 +139,13 @@ pub(super) fn write_delta(
     let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
     let file = file.map_err(system("making", path))?;
     let mut out = BufWriter::with_capacity(CHUNK, &file);
-    let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(system("writing", path));
+    let (mut behind, mut length) = (WriteBehind::new(&file), 0);
+    let mut put = |bytes: &[u8]| {
+        out.write_all(bytes).map_err(system("writing", path))?;
+        length += bytes.len() as u64;
+        behind.written_to(length);
+        Ok(())
+    };
     put(DELTA_MAGIC)?;
     let bytes = fill(&mut |offset, run| {
         put(&offset.to_be_bytes())?;

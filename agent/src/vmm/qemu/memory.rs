@@ -5,7 +5,7 @@
 //!   from. Only pages that the machine has written are its own, as `/proc/PID/pagemap` tells; those go to
 //!   a new file.
 
-use crate::sys::sparse;
+use crate::sys::direct;
 use crate::vmm::VmmError;
 use crate::vmm::image::{self, CHUNK, PAGE};
 use crate::vmm::machine::system;
@@ -74,7 +74,7 @@ impl Mapping {
         // By way of the mapping: the agent that started the machine may have ended.
         let source = PathBuf::from(format!("/proc/{pid}/map_files/{:x}-{:x}", self.start, self.end));
         let from = File::open(&source).map_err(system("opening", &source))?;
-        let mut bytes = sparse::copy_data(&from, &to).map_err(system("writing", path))?;
+        let mut bytes = direct::copy_data(&from, path).map_err(system("writing", path))?;
         if self.is_private {
             bytes += self.each_changed(pid, |offset, page| {
                 to.write_all_at(page, offset).map_err(system("writing", path))

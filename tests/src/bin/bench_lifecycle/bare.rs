@@ -1,17 +1,18 @@
 //! The floor: QEMU alone with the agent's machine but for its network, its memory in a file that it shares.
-//! Saving is standing still, the devices' state written, and both files on disk. Restoring is from QEMU's exec
-//! until the guest runs again.
+//! Saving is standing still, the devices' state written, and both files synced, as the agent's are. So nothing
+//! is copied, and the disk may have begun before. Restoring is from QEMU's exec until the guest runs again.
 
-use crate::{DEADLINE_MS, FIRST_ROUNDS, MEMORY_MB, SETTLE};
+use crate::{DEADLINE_MS, MEMORY_MB, SETTLE};
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use wrenn_tests::process::wait_until;
-use wrenn_tests::{Context, Failure, Result, percentile};
+use wrenn_tests::{Context, Failure, Result};
 
 const TIMEOUT: Duration = Duration::from_millis(DEADLINE_MS as u64);
 /// What the guest's init says first when the kernel command line has `wrenn.announce`.
@@ -23,37 +24,41 @@ const POLL: Duration = Duration::from_millis(1);
 pub struct Floor {
     /// To save, for the first time after the boot.
     pub save: Duration,
+    /// The same before anything is synced: what would be lost with the power.
+    pub unsynced: Duration,
     /// To restore.
     pub restore: Duration,
+    /// Space that its memory takes on disk, in bytes.
+    pub bytes: u64,
 }
 
 /// Boots, saves and restores.
 pub fn measure(directory: &Path, data: &Path) -> Result<Floor> {
-    let (mut saves, mut restores) = (Vec::new(), Vec::new());
-    for _ in 0..FIRST_ROUNDS {
-        let place = Place { directory: directory.join("bare"), data: data.to_path_buf() };
-        fs::create_dir_all(&place.directory).context(place.directory.display())?;
-        let mut machine = place.boot()?;
-        std::thread::sleep(SETTLE);
-        let began = Instant::now();
-        machine.command("stop", Value::Null)?;
-        machine.command("xen-save-devices-state", json!({"filename": place.state(), "live": false}))?;
-        for file in [place.memory(), place.state()] {
-            File::open(&file).and_then(|file| file.sync_all()).context(file.display())?;
-        }
-        saves.push(began.elapsed());
-        drop(machine);
-        let began = Instant::now();
-        let mut machine = place.restore()?;
-        while machine.command("query-status", Value::Null)?["status"] == "inmigrate" {
-            std::thread::sleep(POLL);
-        }
-        machine.command("cont", Value::Null)?;
-        restores.push(began.elapsed());
-        drop(machine);
-        fs::remove_dir_all(&place.directory).context(place.directory.display())?;
+    let place = Place { directory: directory.join("bare"), data: data.to_path_buf() };
+    fs::create_dir_all(&place.directory).context(place.directory.display())?;
+    let mut machine = place.boot()?;
+    std::thread::sleep(SETTLE);
+    let began = Instant::now();
+    machine.command("stop", Value::Null)?;
+    machine.command("xen-save-devices-state", json!({"filename": place.state(), "live": false}))?;
+    let unsynced = began.elapsed();
+    for file in [place.memory(), place.state()] {
+        File::open(&file).and_then(|file| file.sync_all()).context(file.display())?;
     }
-    Ok(Floor { save: percentile(&mut saves, 0.5), restore: percentile(&mut restores, 0.5) })
+    let save = began.elapsed();
+    drop(machine);
+    // st_blocks counts 512 bytes whatever the filesystem's block is, stat(2).
+    let bytes = fs::metadata(place.memory()).context(place.memory().display())?.blocks() * 512;
+    let began = Instant::now();
+    let mut machine = place.restore()?;
+    while machine.command("query-status", Value::Null)?["status"] == "inmigrate" {
+        std::thread::sleep(POLL);
+    }
+    machine.command("cont", Value::Null)?;
+    let restore = began.elapsed();
+    drop(machine);
+    fs::remove_dir_all(&place.directory).context(place.directory.display())?;
+    Ok(Floor { save, unsynced, restore, bytes })
 }
 
 struct Place {

@@ -5,6 +5,8 @@
 //!   its guest has written itself;
 //! - memory of the agent, idle and for each capsule;
 //! - deciding what happens to one of 10, 100 and 1,000 capsules, with a simulated VMM.
+//!
+//! `bench-lifecycle [pauses] [clones] [decisions]`: these parts alone.
 
 mod bare;
 mod simulated;
@@ -29,7 +31,7 @@ const MEMORY_MB: u32 = 256;
 /// Pauses and resumes of one capsule.
 const ROUNDS: usize = 7;
 /// Machines that are saved for the first time.
-const FIRST_ROUNDS: usize = 3;
+const FIRST_ROUNDS: usize = 5;
 const CLONES: usize = 20;
 const DEADLINE_MS: u32 = 120_000;
 const TIMEOUT: Duration = Duration::from_secs(150);
@@ -38,9 +40,17 @@ const SETTLE: Duration = Duration::from_secs(2);
 /// Slots that no agent that happens to run here is likely to use.
 const SLOTS: &str = "58000-58099";
 
+/// What there is to measure.
+const PARTS: [&str; 3] = ["pauses", "clones", "decisions"];
+
 fn main() -> ExitCode {
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(unknown) = wanted.iter().find(|part| !PARTS.contains(&part.as_str())) {
+        eprintln!("{unknown:?} is none of {}", PARTS.join(", "));
+        return ExitCode::FAILURE;
+    }
     let directory = PathBuf::from(format!("/var/tmp/wrenn-bench-lifecycle-{}", std::process::id()));
-    let done = bench(&directory);
+    let done = bench(&directory, |part| wanted.is_empty() || wanted.iter().any(|w| w == part));
     let _ = fs::remove_dir_all(&directory);
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -51,15 +61,20 @@ fn main() -> ExitCode {
     }
 }
 
-fn bench(directory: &Path) -> Result<()> {
-    fs::create_dir_all(directory).context(directory.display())?;
-    let mut host = Host::start(directory)?;
-    let idle_kb = host.resident_kb()?;
-    let floor = bare::measure(directory, &host.data)?;
-    pauses(&mut host, &floor)?;
-    clones(&mut host, floor.restore, idle_kb)?;
-    host.stop()?;
-    simulated::measure();
+fn bench(directory: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
+    if is_wanted("pauses") || is_wanted("clones") {
+        fs::create_dir_all(directory).context(directory.display())?;
+        let mut host = Host::start(directory)?;
+        let idle_kb = host.resident_kb()?;
+        let restore = pauses(&mut host, directory)?;
+        if is_wanted("clones") {
+            clones(&mut host, restore, idle_kb)?;
+        }
+        host.stop()?;
+    }
+    if is_wanted("decisions") {
+        simulated::measure();
+    }
     Ok(())
 }
 
@@ -162,15 +177,28 @@ fn kilobytes(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|l| l.strip_prefix(name))?.split_whitespace().next()?.parse().ok()
 }
 
-fn pauses(host: &mut Host, floor: &bare::Floor) -> Result<()> {
-    let (mut first, mut first_saved) = (Vec::new(), Vec::new());
+/// Returns how long a bare VMM takes to restore.
+fn pauses(host: &mut Host, directory: &Path) -> Result<Duration> {
+    let (mut floors, mut first, mut first_saved) = (Vec::new(), Vec::new(), Vec::new());
+    // In turns, so that both see the same disk.
     for _ in 0..FIRST_ROUNDS {
+        floors.push(bare::measure(directory, &host.data)?);
         host.create("cl-first", "minimal")?;
         std::thread::sleep(SETTLE);
         first.push(host.pause("cl-first")?);
         first_saved.push(host.logged("saved in ")?);
         host.destroy("cl-first")?;
     }
+    let median =
+        |of: fn(&bare::Floor) -> Duration| percentile(&mut floors.iter().map(of).collect::<Vec<_>>(), 0.5);
+    let (save, unsynced, restore) = (median(|f| f.save), median(|f| f.unsynced), median(|f| f.restore));
+    let mib = floors.iter().map(|f| f.bytes).max().unwrap_or(0) >> 20;
+    println!(
+        "{:<24} {:8.1} ms, {:.1} ms of them for {mib} MiB to be on disk",
+        "bare save",
+        ms(save),
+        ms(save.saturating_sub(unsynced))
+    );
     host.create("cl-paused", "minimal")?;
     std::thread::sleep(SETTLE);
     host.pause("cl-paused")?;
@@ -189,11 +217,11 @@ fn pauses(host: &mut Host, floor: &bare::Floor) -> Result<()> {
         ("further pause, all of it", &mut again),
         ("  the guest saved", &mut saved),
     ] {
-        tell(what, percentile(times, 0.5), "bare save", floor.save);
+        tell(what, percentile(times, 0.5), "bare save", save);
     }
-    tell("resume to guest daemon", percentile(&mut resumed, 0.5), "bare restore", floor.restore);
-    tell("  to a guest that runs", percentile(&mut restored, 0.5), "bare restore", floor.restore);
-    Ok(())
+    tell("resume to guest daemon", percentile(&mut resumed, 0.5), "bare restore", restore);
+    tell("  to a guest that runs", percentile(&mut restored, 0.5), "bare restore", restore);
+    Ok(restore)
 }
 
 fn clones(host: &mut Host, floor: Duration, idle_kb: u64) -> Result<()> {
