@@ -350,6 +350,17 @@ impl Agent {
                     self.apply(key, LifeEvent::Pause);
                 }
             }
+            CapsuleTimer::RunTime if self.ending.is_some() => {}
+            CapsuleTimer::RunTime => {
+                if capsule.has_run_out(&mut self.ctx) {
+                    log::info!(
+                        "capsule {}: has run for as long as WRENN_MAX_RUN_SEC allows",
+                        capsule.spec.id
+                    );
+                    capsule.begun_ms = now_ms;
+                    self.apply(key, LifeEvent::Pause);
+                }
+            }
             CapsuleTimer::Hibernate if self.ending.is_some() => {}
             CapsuleTimer::Hibernate => {
                 if self.capsules.values().any(|c| c.lifecycle.is_packing()) {
@@ -419,7 +430,7 @@ impl Agent {
             }
             Action::Finished(work) => {
                 log::info!("capsule {id}: {} after {elapsed_ms} ms", work.done());
-                capsule.note_use(&mut self.ctx);
+                capsule.note_change(&mut self.ctx);
                 let caller = capsule.caller.take();
                 let (info, snapshot) = (capsule.info(&self.ctx), capsule.made_snapshot.take());
                 match (caller, snapshot) {

@@ -32,6 +32,8 @@ pub struct Config {
     pub disk_overcommit: u64,
     /// How long a capsule is paused until its memory is packed, in milliseconds; 0 for never.
     pub hibernate_after_ms: u64,
+    /// How long a capsule may run until it is paused, in milliseconds; 0 for as long as it likes.
+    pub max_run_ms: u64,
 }
 
 impl Config {
@@ -68,6 +70,7 @@ impl Config {
             vcpu_overcommit: settings.number("WRENN_VCPU_OVERCOMMIT")?,
             disk_overcommit: settings.number("WRENN_DISK_OVERCOMMIT")?,
             hibernate_after_ms: settings.number("WRENN_HIBERNATE_AFTER_SEC")? * 1000,
+            max_run_ms: settings.number("WRENN_MAX_RUN_SEC")? * 1000,
         })
     }
 }
@@ -111,7 +114,7 @@ mod tests {
         assert!(config.control_plane.is_none() && config.qemu.is_none() && config.guest_dns.is_none());
         assert_eq!((config.slots.0.index(), config.slots.1.index()), (1, 65_534));
         assert_eq!((config.vcpu_overcommit, config.disk_overcommit), (8, 8));
-        assert_eq!(config.hibernate_after_ms, 0);
+        assert_eq!((config.hibernate_after_ms, config.max_run_ms), (0, 0));
         assert_eq!(config.vmm, Wanted::Auto);
         assert!(config.firecracker.firecracker.is_none() && !config.firecracker.without_jailer);
     }

@@ -297,6 +297,13 @@ pub const VARIABLES: &[Variable] = &[
         Some("0"),
         "after how many seconds a paused capsule's memory is compressed on disk (zstd); 0 for never",
     ),
+    variable(
+        "WRENN_MAX_RUN_SEC",
+        Program::Agent,
+        Kind::Number { min: 0, max: 31_536_000 },
+        Some("0"),
+        "after how many seconds a capsule that runs is paused, used or not; 0 for never",
+    ),
     variable("LOG_LEVEL", Program::Both, Kind::LogLevel, Some("info"), "how much is logged to stderr"),
     variable("WRENN_API_KEY", Program::Client, Kind::Token, None, "a client's API key"),
     variable("WRENN_TOKEN", Program::Client, Kind::Token, None, "a client's login token"),

@@ -33,6 +33,7 @@ mod hibernation;
 mod machine;
 mod saving;
 mod stall;
+mod timing;
 mod watch;
 
 pub use executor::CapsuleReport;
@@ -103,6 +104,8 @@ pub enum CapsuleTimer {
     Prepare,
     /// It may have been idle for its `timeout_sec`.
     Idle,
+    /// It may have run for `WRENN_MAX_RUN_SEC`.
+    RunTime,
     /// It has been paused for so long that its memory is packed.
     Hibernate,
 }
@@ -132,6 +135,8 @@ pub struct Capsule {
     pub begun_ms: u64,
     /// When somebody last had to do with it, in the agent's milliseconds.
     pub active_ms: u64,
+    /// Before this it is not paused for having run too long; in milliseconds on the agent's clock.
+    pub runs_until_ms: u64,
     /// What its guest may reach at first. What holds later is in its directory.
     pub policy: Policy,
     /// What it used.
@@ -268,6 +273,7 @@ impl Capsule {
             forwards: BTreeMap::new(),
             begun_ms: now_ms,
             active_ms: now_ms,
+            runs_until_ms: 0,
             directory,
             record,
             secret,
@@ -345,42 +351,6 @@ impl Capsule {
     /// What the next snapshot of it is to be.
     pub fn order_snapshot(&mut self, order: SnapshotOrder) {
         self.snapshot_order = Some(order);
-    }
-
-    /// It is in use, or begins to run: its idle time starts anew.
-    pub fn note_use(&mut self, ctx: &mut Context) {
-        self.active_ms = ctx.now_ms();
-        self.watch_idleness(ctx);
-    }
-
-    /// Whether it has been idle for its time; where it has not, it is looked at again when it may be. One
-    /// that somebody has a stream to is not idle.
-    pub fn is_idle(&mut self, ctx: &mut Context) -> bool {
-        if !self.forwards.is_empty() {
-            self.active_ms = ctx.now_ms();
-        }
-        let idle_ms = ctx.now_ms() - self.active_ms;
-        let is_idle = self.spec.timeout_sec > 0 && idle_ms >= self.idle_limit_ms();
-        if !is_idle {
-            self.watch_idleness(ctx);
-        }
-        is_idle
-    }
-
-    fn idle_limit_ms(&self) -> u64 {
-        u64::from(self.spec.timeout_sec) * 1000
-    }
-
-    fn watch_idleness(&self, ctx: &mut Context) {
-        if self.spec.timeout_sec > 0 && self.state() == CapsuleState::Running {
-            let at = self.active_ms + self.idle_limit_ms();
-            ctx.timers.set(TimerKey::Capsule(self.key, CapsuleTimer::Idle), at);
-        }
-        let hibernate_after_ms = ctx.host.config.hibernate_after_ms;
-        if hibernate_after_ms > 0 && self.state() == CapsuleState::Paused {
-            let at = self.active_ms + hibernate_after_ms;
-            ctx.timers.set(TimerKey::Capsule(self.key, CapsuleTimer::Hibernate), at);
-        }
     }
 
     /// What is told of it.

@@ -7,6 +7,15 @@ pub fn monotonic_ns() -> io::Result<u64> {
     read(libc::CLOCK_MONOTONIC)
 }
 
+/// How long ago a process started, in milliseconds, by its start time in /proc/PID/stat (proc(5)): in clock
+/// ticks since the machine booted, time asleep included.
+pub fn age_ms(start_ticks: u64) -> io::Result<u64> {
+    // SAFETY: sysconf takes a number and touches nothing of ours.
+    let per_second = u64::try_from(unsafe { libc::sysconf(libc::_SC_CLK_TCK) }).unwrap_or(100).max(1);
+    let started_ms = start_ticks.saturating_mul(1000) / per_second;
+    Ok((read(libc::CLOCK_BOOTTIME)? / 1_000_000).saturating_sub(started_ms))
+}
+
 /// The processor time of all threads of a process, in nanoseconds.
 pub fn process_ns(pid: u32) -> io::Result<u64> {
     // linux/posix-timers.h: the clock of a process is its inverted number above three bits, of which 2 says
@@ -27,4 +36,24 @@ fn read(clock: libc::clockid_t) -> io::Result<u64> {
 pub fn page_bytes() -> u64 {
     // SAFETY: sysconf takes a number and touches nothing of ours.
     u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::pidfd::Process;
+
+    #[test]
+    fn a_process_is_as_old_as_the_kernel_says() {
+        let mut sleeper = std::process::Command::new("sleep").arg("60").spawn().expect("started");
+        let started = Process::child(sleeper.id()).expect("there").start_ticks();
+        let now = age_ms(started).expect("a clock");
+        // The kernel counts in hundredths of a second.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let later = age_ms(started).expect("a clock");
+        assert!(later >= now + 20 && later < now + 60_000, "{now} {later}");
+        assert!(age_ms(0).expect("a clock") > later, "as old as the machine");
+        assert_eq!(age_ms(u64::MAX).expect("a clock"), 0);
+        sleeper.kill().and_then(|()| sleeper.wait()).expect("ended");
+    }
 }

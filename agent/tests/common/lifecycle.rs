@@ -163,6 +163,33 @@ pub fn an_idle_capsule_is_paused_unless_somebody_pings() {
     let error = cp.ask::<_, Done>(&ping).expect_err("paused");
     assert_eq!(error.code(), Code::InvalidState, "{error}");
     resume(&mut cp, "cl-idle").expect("resumed");
+    it_may_run_only_so_long(&place, agent, &ping);
+}
+
+/// An agent that comes later counts from when the machine began to run, and use does not change that.
+fn it_may_run_only_so_long(place: &Place, agent: Agent, ping: &CapsulePing) {
+    assert!(agent.hand_over().success());
+    let agent = Agent::start_with(place, |command| {
+        command.env("WRENN_MAX_RUN_SEC", "1");
+    });
+    let mut cp = agent.client();
+    for _ in 0..2 {
+        let end = Instant::now() + Duration::from_secs(30);
+        let refusal = loop {
+            assert!(Instant::now() < end, "it runs on");
+            match cp.ask::<_, Done>(ping) {
+                Ok(Done {}) => std::thread::sleep(Duration::from_millis(100)),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(refusal.code(), Code::InvalidState, "{refusal}");
+        wait_for_state(&mut cp, "cl-idle", CapsuleState::Paused);
+        let began = Instant::now();
+        assert_eq!(resume(&mut cp, "cl-idle").expect("resumed").state, CapsuleState::Running);
+        wait_for_state(&mut cp, "cl-idle", CapsuleState::Paused);
+        assert!(began.elapsed() >= Duration::from_secs(1), "its time begins anew");
+        resume(&mut cp, "cl-idle").expect("resumed");
+    }
     cp.destroy("cl-idle").expect("destroyed");
     assert_eq!(place.remains(), Vec::<String>::new());
 }
