@@ -363,8 +363,9 @@ impl Agent {
             }
             CapsuleTimer::Hibernate if self.ending.is_some() => {}
             CapsuleTimer::Hibernate => {
-                if self.capsules.values().any(|c| c.lifecycle.is_packing()) {
-                    // One after the other: it is never urgent.
+                let has_machine = capsule.lifecycle.holds_machine();
+                if has_machine || self.capsules.values().any(|c| c.lifecycle.is_packing()) {
+                    // One after the other, each when its machine has ended: it is never urgent.
                     let again = TimerKey::Capsule(key, CapsuleTimer::Hibernate);
                     self.ctx.timers.set(again, now_ms + PACKING_RETRY_MS);
                 } else {

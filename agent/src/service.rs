@@ -153,7 +153,7 @@ impl Agent {
 
     fn on_host_status(&mut self, waiter: (PeerId, StreamId)) {
         let host = &self.ctx.host;
-        let (capacity, promised) = (spec::capacity(host), self.promised());
+        let (capacity, promised) = (spec::capacity(host), self.promised(None));
         let left = admission::left(&capacity, &promised);
         let narrow = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
         let reply = HostStatusReply {
@@ -171,10 +171,11 @@ impl Agent {
         self.answer(waiter, &reply);
     }
 
-    /// What capsules were promised and do not have yet.
-    fn promised(&self) -> Promised {
+    /// What capsules were promised and do not have yet, but for one that may be about to be promised it again.
+    fn promised(&self, but: Option<CapsuleKey>) -> Promised {
         let overhead_mb = self.ctx.host.vmm.overhead_mb();
-        self.capsules.values().fold(Promised::default(), |sum, c| c.add_promised(sum, overhead_mb))
+        let others = self.capsules.values().filter(|c| Some(c.key) != but);
+        others.fold(Promised::default(), |sum, c| c.add_promised(sum, overhead_mb))
     }
 
     /// Makes a capsule, with what it may reach where that was said.
@@ -192,7 +193,7 @@ impl Agent {
         } else if self.capsules.len() >= MAX_CAPSULES {
             refusal(Code::ResourceExhausted, format!("this host has {MAX_CAPSULES} capsules already"))
         } else {
-            Spec::admit(request, &self.ctx.host, &self.promised()).map_err(|e| (e.code(), e.to_string()))
+            Spec::admit(request, &self.ctx.host, &self.promised(None)).map_err(|e| (e.code(), e.to_string()))
         };
         let begun = admitted.and_then(|spec| self.begin_create(waiter, spec, policy));
         if let Err((code, text)) = begun {
@@ -355,7 +356,7 @@ impl Agent {
         if self.is_stopping() {
             return Err((Code::ShuttingDown, "the host agent is shutting down; try again".into()));
         }
-        let promised = self.promised();
+        let promised = self.promised(Some(key));
         let now_ms = self.ctx.now_ms();
         let Some(capsule) = self.capsules.get_mut(&key) else { return Ok(()) };
         capsule.lifecycle.check(work).map_err(|text| (Code::InvalidState, text))?;

@@ -26,7 +26,10 @@
 //! ```
 //!
 //! A paused capsule has its record, its disk and an image: its memory and the state of its devices, on
-//! disk. Three rules make pausing and resuming safe. The machine is removed only when the image is there
+//! disk. From the moment at which the image is there it is paused, and whoever asked is told; what is left of
+//! its machine and network goes after that, and resuming waits for it.
+//!
+//! Three rules make pausing and resuming safe. The machine is removed only when the image is there
 //! (or the capsule is to go). The image is given up only when a machine that was made of it is there: from
 //! then on the machine writes to the disk, and the image fits the disk no more. And whoever asked gets
 //! exactly one answer. So a capsule whose resuming takes too long after that point is saved again.
@@ -179,16 +182,23 @@ impl Lifecycle {
             Work::Pause | Work::Snapshot => CapsuleState::Running,
             Work::Resume => CapsuleState::Paused,
         };
-        if state == wanted || (work == Work::Resume && self.is_at_rest()) {
+        let is_hibernated = work == Work::Resume && state == CapsuleState::Hibernated;
+        if state == wanted || is_hibernated {
             return Ok(());
         }
         let (state, wanted) = (state.name(), wanted.name());
         Err(format!("the capsule is {state}; only one that is {wanted} can be {}", work.done()))
     }
 
-    /// Whether it is paused or hibernated: all of it is on disk, and nobody waits for anything.
+    /// Whether it is paused or hibernated, and nothing else of it is left: all of it is on disk, and nobody
+    /// waits for anything.
     pub fn is_at_rest(&self) -> bool {
-        matches!(self.state(), CapsuleState::Paused | CapsuleState::Hibernated)
+        matches!(self.state(), CapsuleState::Paused | CapsuleState::Hibernated) && self.has_no_machine()
+    }
+
+    /// Whether the parts that a paused capsule does not have are gone.
+    fn has_no_machine(&self) -> bool {
+        MOVING_PARTS.iter().all(|p| self.presence(*p) == Presence::Absent)
     }
 
     /// Whether its memory is being packed.
@@ -198,7 +208,7 @@ impl Lifecycle {
 
     /// Whether it has, or is about to have, a machine.
     pub fn holds_machine(&self) -> bool {
-        self.goal == Goal::Up || MOVING_PARTS.iter().any(|p| self.presence(*p) != Presence::Absent)
+        self.goal == Goal::Up || !self.has_no_machine()
     }
 
     /// Whether there is an image that the machine is to be made of.
@@ -216,7 +226,12 @@ impl Lifecycle {
             && !self.packing
             && self.work.is_none()
             && !lasting.into_iter().any(moving);
-        is_still && (self.goal != Goal::Down || self.is_down() || self.gave_up)
+        let is_there = match self.goal {
+            Goal::Up => true,
+            Goal::Paused => self.has_no_machine(),
+            Goal::Down => self.is_down(),
+        };
+        is_still && (is_there || self.gave_up)
     }
 
     /// Whether nothing of it exists.
@@ -263,7 +278,7 @@ impl Lifecycle {
             Event::GuestRefused(failure) | Event::Deadline(failure) => {
                 if self.goal == Goal::Up && self.creating {
                     self.fail(failure, &mut actions);
-                } else if self.goal == Goal::Up && self.work == Some(Work::Resume) {
+                } else if self.goal != Goal::Down && self.work == Some(Work::Resume) {
                     self.give_up_resume(failure);
                 }
             }
@@ -282,8 +297,9 @@ impl Lifecycle {
             Event::Resume => {
                 if self.check(Work::Resume).is_ok() {
                     self.stop_packing(&mut actions);
-                    self.goal = Goal::Up;
+                    // Up it goes when nothing is left of the machine before.
                     self.work = Some(Work::Resume);
+                    self.resume_failure = None;
                     self.remove_attempts = 0;
                 }
             }
@@ -300,7 +316,7 @@ impl Lifecycle {
                 self.packed = false;
             }
             Event::Hibernate => {
-                if self.state() == CapsuleState::Paused && !self.packing {
+                if self.state() == CapsuleState::Paused && self.is_at_rest() && !self.packing {
                     self.packing = true;
                     actions.push(Action::Pack);
                 }
@@ -460,16 +476,24 @@ impl Lifecycle {
             }
             return;
         }
+        if self.work == Some(Work::Pause) {
+            self.work = None;
+            actions.push(Action::Finished(Work::Pause));
+        }
         self.remove_free(&MOVING_PARTS, actions);
-        if MOVING_PARTS.iter().any(|p| self.presence(*p) != Presence::Absent) {
+        if !self.has_no_machine() || self.work != Some(Work::Resume) {
             return;
         }
-        let failure = self.resume_failure.take();
-        actions.extend(match (self.work.take(), failure) {
-            (Some(work), Some(failure)) => Some(Action::Failed(work, failure)),
-            (Some(work), None) => Some(Action::Finished(work)),
-            (None, _) => None,
-        });
+        match self.resume_failure.take() {
+            Some(failure) => {
+                self.work = None;
+                actions.push(Action::Failed(Work::Resume, failure));
+            }
+            None => {
+                self.goal = Goal::Up;
+                self.advance_up(actions);
+            }
+        }
     }
 
     /// Removes those of the parts that are there and that nothing stands on.

@@ -116,6 +116,15 @@ impl Place {
         found
     }
 
+    /// Waits until nothing but this is left, as it is soon after a pause.
+    pub fn wait_for_remains(&self, wanted: &[&str]) {
+        let end = Instant::now() + Duration::from_secs(10);
+        while self.remains() != wanted {
+            assert!(Instant::now() < end, "{:?} in place of {wanted:?}", self.remains());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// The VMM processes of this place, by the user ids that its slots lead to.
     pub fn machines(&self) -> Vec<u32> {
         let uids: Vec<u32> = self.slots().map(|s| wrenn_agent::capsule::FIRST_UID + s).collect();

@@ -156,10 +156,10 @@ fn destroyed_before_it_was_made() {
 
 const PAUSED: [(Event, &[Action]); 5] = [
     (Event::Pause, &[Save]),
-    (Event::Saved, &[Remove(Guest)]),
+    (Event::Saved, &[Finished(Work::Pause), Remove(Guest)]),
     (Event::Removed(Guest), &[Remove(Machine)]),
     (Event::MachineExited(Failure::Cancelled), &[Remove(Network)]),
-    (Event::Removed(Network), &[Finished(Work::Pause)]),
+    (Event::Removed(Network), &[]),
 ];
 
 fn after_pause(steps: &[(Event, &[Action])]) -> Lifecycle {
@@ -174,10 +174,11 @@ fn paused_and_resumed() {
     let mut states = Vec::new();
     for (event, _) in PAUSED {
         life.handle(event);
-        states.push(life.state());
+        states.push((life.state(), life.holds_machine(), life.is_settled()));
     }
     use CapsuleState::{Paused, Pausing, Running};
-    assert_eq!(states, [Pausing, Pausing, Pausing, Pausing, Paused]);
+    let leaving = (Paused, true, false);
+    assert_eq!(states, [(Pausing, true, false), leaving, leaving, leaving, (Paused, false, true)]);
     assert!(!life.holds_machine() && life.has_image());
     let life = after_pause(&[
         (Event::Resume, &[Make(Network)]),
@@ -187,6 +188,33 @@ fn paused_and_resumed() {
     ]);
     assert_eq!(life.state(), Running);
     assert!(life.holds_machine() && !life.has_image());
+}
+
+/// A pause is answered before the machine is gone.
+#[test]
+fn resuming_waits_until_the_machine_before_is_gone() {
+    let leaving = &PAUSED[..3];
+    let begun: Vec<(Event, &[Action])> =
+        leaving.iter().cloned().chain([(Event::Hibernate, &[][..]), (Event::Resume, &[][..])]).collect();
+    let gone: [(Event, &[Action]); 2] = [
+        (Event::MachineExited(Failure::Cancelled), &[Remove(Network)]),
+        (Event::Removed(Network), &[Make(Network)]),
+    ];
+    let mut life = after_up(&[begun.clone(), gone.to_vec()].concat());
+    assert_eq!(life.state(), CapsuleState::Resuming);
+    assert_eq!(life.handle(Event::Made(Network)), [Make(Machine)]);
+    // One that is waited for too long is paused still, and can be resumed later.
+    let mut life = after_up(&begun);
+    assert_eq!((life.state(), life.goal()), (CapsuleState::Resuming, Goal::Paused));
+    assert_eq!(life.handle(Event::Deadline(broken())), []);
+    assert_eq!(life.handle(Event::Removed(Machine)), [Remove(Network)]);
+    assert_eq!(life.handle(Event::Removed(Network)), [Failed(Work::Resume, broken())]);
+    assert_eq!(life.state(), CapsuleState::Paused);
+    assert_eq!(life.handle(Event::Resume), [Make(Network)]);
+    // One that is to go does.
+    let mut life = after_up(&begun);
+    assert_eq!(life.handle(Event::Destroy), [Failed(Work::Resume, Failure::Destroyed)]);
+    assert_eq!(life.handle(Event::Removed(Machine)), [Remove(Network), Remove(Disk)]);
 }
 
 #[test]
@@ -237,9 +265,9 @@ fn a_machine_that_ends_while_it_is_saved_counts_by_whether_it_was_saved() {
     let life = after_up(&[
         (Event::Pause, &[Save]),
         (ended.clone(), &[]),
-        (Event::Saved, &[Remove(Guest)]),
+        (Event::Saved, &[Finished(Work::Pause), Remove(Guest)]),
         (Event::Removed(Guest), &[Remove(Network)]),
-        (Event::Removed(Network), &[Finished(Work::Pause)]),
+        (Event::Removed(Network), &[]),
     ]);
     assert_eq!(life.state(), CapsuleState::Paused);
     let life = after_up(&[
