@@ -15,7 +15,7 @@ use crate::context::Context;
 use crate::vmm::image::clean;
 use crate::vmm::{Image, VmmError};
 use crate::zstd::{self, ZstdError};
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -81,6 +81,9 @@ fn try_to_pack(record: &mut Record, directory: &Path, stop: &AtomicBool) -> Resu
     let (from, to) = (merged.memory_path(directory), merged.packed_path(directory));
     record.note(directory, Step::Pack, Phase::Begin).map_err(SaveFailure::Record)?;
     zstd::compress(&from, &to, record.uid, stop).map_err(SaveFailure::Zstd)?;
+    // Its name as well: what it was made of goes after this.
+    let synced = File::open(directory).and_then(|handle| handle.sync_all());
+    synced.map_err(|e| SaveFailure::Disk(to, e))?;
     let packed = Record { image: Some(Image { packed: true, ..merged }), base: None, ..record.clone() };
     // Where this fails nobody knows which of the two is on disk: both stay.
     packed.note(directory, Step::Pack, Phase::Done).map_err(SaveFailure::Record)?;

@@ -137,10 +137,13 @@ impl Record {
     /// `AlreadyExists` when there is such a directory; it is then left alone.
     pub fn create(&self, directory: &Path) -> io::Result<()> {
         DirBuilder::new().mode(0o700).create(directory)?;
-        journal::begin(directory, Step::Create, Phase::Done, self).inspect_err(|_| {
-            // The failure to write is the one to tell; an empty directory is cleared at the next start.
-            let _ = fs::remove_dir_all(directory);
-        })
+        // The directory's name last: with its content on disk that costs nothing more.
+        journal::begin(directory, Step::Create, Phase::Done, self)
+            .and_then(|()| sync_parent(directory))
+            .inspect_err(|_| {
+                // The failure to write is the one to tell; an empty directory is cleared at the next start.
+                let _ = fs::remove_dir_all(directory);
+            })
     }
 
     /// Notes in the journal where a step is, and that from there on this is what the capsule owns. Blocks.
@@ -164,8 +167,12 @@ pub fn remove(directory: &Path) -> io::Result<()> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         other => other?,
     }
-    let parent = directory.parent().map(PathBuf::from).unwrap_or_default();
-    File::open(parent)?.sync_all()
+    sync_parent(directory)
+}
+
+/// Puts a directory's name, or that it is gone, on disk.
+fn sync_parent(directory: &Path) -> io::Result<()> {
+    File::open(directory.parent().unwrap_or(Path::new("/")))?.sync_all()
 }
 
 #[cfg(test)]
