@@ -48,6 +48,8 @@ pub enum Task {
     Port(PortKey),
     /// It is told of the ports.
     Sampler,
+    /// It is told which processes run.
+    Listing,
 }
 
 struct Connection {
@@ -250,6 +252,11 @@ impl Connections {
                 "too many messages are unread on the stream",
             );
         }
+    }
+
+    /// Whether all messages of a stream have gone, or the stream itself.
+    pub fn is_idle(&self, key: StreamKey) -> bool {
+        self.all.get(&key.connection).is_none_or(|c| c.session.queued_bytes(key.stream) == 0)
     }
 
     /// Sends a message unless too many wait on the stream. Whether it was taken, or the stream is gone.

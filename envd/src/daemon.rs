@@ -297,6 +297,7 @@ impl Daemon {
             for id in self.connections.ids() {
                 self.serve(id);
             }
+            self.supervisor.go_on_listing(&mut self.connections);
             if self.files.has_jobs() {
                 self.busy |= self.files.work(&mut self.connections, &mut self.scratch);
             }

@@ -47,7 +47,7 @@ impl Daemon {
                         self.with_ports(|p, shell| p.on_data(id, bytes, cost, shell));
                     }
                     // It crossed the end of what it was for, or nobody asked for it.
-                    Some(Task::Sampler) | None => self.connections.release(key, cost),
+                    Some(Task::Sampler | Task::Listing) | None => self.connections.release(key, cost),
                 }
             }
             Event::Finished { stream } => match self.connections.task(key(stream)) {
@@ -67,7 +67,7 @@ impl Daemon {
                 }
                 Some(Task::File) => self.files.on_writable(key(stream)),
                 Some(Task::Port(id)) => self.with_ports(|p, shell| p.go_on(id, shell)),
-                Some(Task::Sampler) | None => {}
+                Some(Task::Sampler | Task::Listing) | None => {}
             },
             Event::GoingAway { .. } => {}
             Event::Closed { error } => {
@@ -87,6 +87,7 @@ impl Daemon {
             Task::File => self.files.on_stream_gone(key, &mut self.connections),
             Task::Port(id) => self.ports.on_stream_gone(id),
             Task::Sampler => self.sampler.on_stream_gone(key),
+            Task::Listing => self.supervisor.end_listing(key),
         }
     }
 
@@ -124,14 +125,7 @@ impl Daemon {
             }
             ProcessList::KIND => {
                 decode::<ProcessList>(body)?;
-                let mut replies = self.supervisor.list().into_iter().peekable();
-                while let Some(reply) = replies.next() {
-                    if replies.peek().is_some() {
-                        self.connections.send(key, &reply);
-                    } else {
-                        self.connections.send_last(key, &reply);
-                    }
-                }
+                self.supervisor.list(key, &mut self.connections);
             }
             ProcessAttach::KIND => {
                 let attach = decode::<ProcessAttach>(body)?;

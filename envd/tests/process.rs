@@ -287,6 +287,31 @@ fn a_thousand_streams_at_once_lose_nothing() {
     daemon.wait_until_clean(files);
 }
 
+/// More than may wait on a stream, and more than its window.
+#[test]
+fn a_long_list_of_processes_comes_whole() {
+    const RUNNING: usize = 700;
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let files = daemon.open_files();
+    let long = "x".repeat(1000);
+    let start = command(&["sh", "-c", "exec sleep 1000", &long]);
+    let streams: Vec<_> = (0..RUNNING).map(|_| client.open(&start, true)).collect();
+    for stream in &streams {
+        client.message::<ProcessStarted>(*stream);
+    }
+    let list = client.open(&ProcessList {}, true);
+    let mut pids = std::collections::BTreeSet::new();
+    while pids.len() < RUNNING {
+        for ((pid, _), argv) in client.message::<ProcessListReply>(list).processes {
+            assert!(pids.insert(pid) && argv.len() == 4, "{pid} {argv:?}");
+        }
+    }
+    client.wait_for(|e| matches!(e, Event::Finished { stream } if *stream == list));
+    drop(client);
+    daemon.wait_until_clean(files - 1);
+}
+
 #[test]
 fn terminals_have_job_control_and_a_size() {
     let daemon = Daemon::start();

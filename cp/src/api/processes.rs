@@ -6,6 +6,7 @@ use crate::http::context::Context;
 use crate::http::handler::{Flow, HostCall, Request, Response, Step};
 use serde_json::{Value, json};
 use std::sync::Arc;
+use wire::codec::Bytes;
 use wire::message::{ProcessList, ProcessListReply, ProcessSignal};
 
 /// How long a capsule may take to answer, in milliseconds.
@@ -17,19 +18,25 @@ const SIGTERM: u32 = 15;
 pub fn list(request: Request, context: &Arc<Context>) -> Flow {
     with_capsule(&request, context, |target| {
         let message = ProcessList {};
-        HostCall::forward(&target.host_id, &target.address, &target.capsule_id, &message, TIMEOUT_MS)
-            .until::<ProcessListReply>()
-            .then(|result| {
-                let reply: ProcessListReply = result?.message()?;
-                let entry = |((pid, tag), argv): &((u32, String), Vec<wire::codec::Bytes>)| {
-                    let argv: Vec<_> = argv.iter().map(|a| a.lossy().into_owned()).collect();
-                    let (cmd, args) = argv.split_first().map_or(("", &[][..]), |(c, a)| (c.as_str(), a));
-                    json!({"pid": pid, "tag": tag, "cmd": cmd, "args": args})
-                };
-                let processes: Vec<Value> = reply.processes.iter().map(entry).collect();
-                Step::respond(Response::json(200, &json!({"processes": processes})))
-            })
+        HostCall::forward(&target.host_id, &target.address, &target.capsule_id, &message, TIMEOUT_MS).then(
+            |result| {
+                result?.answer(|reply| {
+                    // A long list comes in several messages.
+                    let replies = reply.all::<ProcessListReply>()?;
+                    let processes: Vec<Value> =
+                        replies.iter().flat_map(|r| &r.processes).map(entry).collect();
+                    Ok(Response::json(200, &json!({"processes": processes})))
+                })
+            },
+        )
     })
+}
+
+/// A process as the API has it: id and tag, program and arguments.
+fn entry(((pid, tag), argv): &((u32, String), Vec<Bytes>)) -> Value {
+    let argv: Vec<_> = argv.iter().map(|a| a.lossy().into_owned()).collect();
+    let (cmd, args) = argv.split_first().map_or(("", &[][..]), |(c, a)| (c.as_str(), a));
+    json!({"pid": pid, "tag": tag, "cmd": cmd, "args": args})
 }
 
 /// `DELETE /v1/capsules/{id}/processes/{selector}`.

@@ -2,9 +2,10 @@
 
 use super::request;
 use super::supervisor::{Shell, Supervisor};
-use super::table::{ProcessKey, Timer, Watcher};
-use crate::connection::{StreamKey, Task};
+use super::table::{Process, ProcessKey, Timer, Watcher};
+use crate::connection::{Connections, StreamKey, Task};
 use crate::sys::{pty, signal};
+use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::vec::Vec;
 use wire::codec::Bytes;
@@ -98,24 +99,52 @@ impl Supervisor {
         Ok(())
     }
 
-    /// The processes that run, in messages of bounded size; at least one.
-    pub fn list(&self) -> Vec<ProcessListReply> {
-        let mut replies = alloc::vec![ProcessListReply::default()];
-        let mut size = 0;
-        for process in self.processes.values().filter(|p| p.is_running()) {
-            let argv = listed_argv(&process.argv);
-            let cost = argv.iter().map(|a| a.len() + 4).sum::<usize>() + process.tag.len() + 16;
-            if size + cost > MAX_LIST_MESSAGE {
-                replies.push(ProcessListReply::default());
-                size = 0;
-            }
-            size += cost;
-            if let Some(last) = replies.last_mut() {
-                last.processes.push(((process.pid, process.tag.clone()), argv));
-            }
-        }
-        replies
+    /// Starts to tell a stream which processes run.
+    pub fn list(&mut self, key: StreamKey, connections: &mut Connections) {
+        connections.set_task(key, Task::Listing);
+        self.listings.insert(key, 0);
     }
+
+    /// Tells those that asked for a list some more of it, as far as their streams take it: thousands of
+    /// processes are more than may wait on a stream.
+    pub fn go_on_listing(&mut self, connections: &mut Connections) {
+        let processes = &self.processes;
+        self.listings.retain(|key, next| {
+            while connections.is_idle(*key) {
+                let (reply, rest) = list_from(processes, *next);
+                let Some(rest) = rest else {
+                    connections.send_last(*key, &reply);
+                    return false;
+                };
+                *next = rest;
+                connections.send(*key, &reply);
+            }
+            true
+        });
+    }
+
+    /// A stream that asked for a list is gone.
+    pub fn end_listing(&mut self, key: StreamKey) {
+        self.listings.remove(&key);
+    }
+}
+
+/// One message of a list, of bounded size, and where the next one begins if there is one.
+fn list_from(
+    processes: &BTreeMap<ProcessKey, Process>,
+    from: ProcessKey,
+) -> (ProcessListReply, Option<ProcessKey>) {
+    let mut reply = ProcessListReply::default();
+    let mut size = 0;
+    for (id, process) in processes.range(from..).filter(|(_, p)| p.is_running()) {
+        let argv = listed_argv(&process.argv);
+        size += argv.iter().map(|a| a.len() + 4).sum::<usize>() + process.tag.len() + 16;
+        if size > MAX_LIST_MESSAGE {
+            return (reply, Some(*id));
+        }
+        reply.processes.push(((process.pid, process.tag.clone()), argv));
+    }
+    (reply, None)
 }
 
 /// The first arguments, as many as a list may show.

@@ -54,6 +54,8 @@ pub struct Supervisor {
     by_pid: BTreeMap<u32, ProcessKey>,
     pub(super) timers: Timers,
     pub(super) ended: VecDeque<ProcessKey>,
+    /// Streams that are told which processes run, and the first of which each has not heard.
+    pub(super) listings: BTreeMap<StreamKey, ProcessKey>,
     left_over: BTreeMap<u32, Fd>,
     next_key: ProcessKey,
     next_left_over: u32,

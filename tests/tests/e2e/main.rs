@@ -7,6 +7,7 @@
 mod adversary;
 mod api;
 mod capsule;
+mod crowd;
 mod edge;
 mod faults;
 mod lifecycle;
@@ -54,6 +55,7 @@ fn tests() -> Vec<Test> {
         sdk::TESTS,
         edge::TESTS,
         adversary::TESTS,
+        crowd::TESTS,
         faults::TESTS,
     ]
     .concat()

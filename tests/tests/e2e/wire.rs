@@ -42,24 +42,26 @@ const FLOOD_TIME: Duration = Duration::from_millis(100);
 const GUESSES: u64 = wire::limiter::BURST + 2;
 
 /// What a call of the client gives.
-type Called<T> = std::result::Result<T, ClientError>;
+pub type Called<T> = std::result::Result<T, ClientError>;
 
 /// An API key: id, visible prefix, secret.
-struct Key {
-    id: String,
+pub struct Key {
+    pub id: String,
     prefix: String,
-    secret: String,
+    pub secret: String,
 }
 
 impl Context {
-    fn new_key(&self, bearer: &wrenn_tests::http::Client) -> Result<Key> {
+    /// A key made by this user.
+    pub fn new_key(&self, bearer: &wrenn_tests::http::Client) -> Result<Key> {
         let made = bearer.post("/v1/api-keys", &json!({"name": "wire"}))?;
         ensure!(made.status == 201, "{} {}", made.status, made.json());
         let text = |name: &str| made.json()[name].as_str().unwrap_or_default().to_string();
         Ok(Key { id: text("id"), prefix: text("key_prefix"), secret: text("key") })
     }
 
-    fn dial(&self, identity: &str, secret: &str) -> Called<Client> {
+    /// A client of the wire protocol at the control plane.
+    pub fn dial(&self, identity: &str, secret: &str) -> Called<Client> {
         let identity = Identity {
             name: identity,
             secret: secret.as_bytes(),

@@ -364,6 +364,11 @@ impl Session {
         self.streams.contains_key(&stream)
     }
 
+    /// Bytes of messages that wait on a stream; none when it is gone.
+    pub fn queued_bytes(&self, stream: StreamId) -> usize {
+        self.streams.get(&stream).map_or(0, |s| s.queued_bytes)
+    }
+
     /// Bytes held in buffers, events and queues.
     pub fn buffered_bytes(&self) -> usize {
         let events: usize = self
