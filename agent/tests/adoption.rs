@@ -184,6 +184,8 @@ fn an_agent_that_starts_on_full_storage_goes_on_with_what_is_there() {
     let journal = std::fs::File::options().append(true).open(sandboxes.join("cl-asleep/journal"));
     journal.and_then(|mut file| std::io::Write::write_all(&mut file, b"0123456789abcdef {")).expect("torn");
     let ballast = storage.fill();
+    let error = cp.ask::<_, CapsuleInfo>(&CapsuleResume { capsule_id: asleep(), deadline_ms: 0 });
+    assert!(error.expect_err("full").text.contains("it is still paused"));
     agent.kill();
 
     let agent = Agent::start(&place);
@@ -207,4 +209,50 @@ fn an_agent_that_starts_on_full_storage_goes_on_with_what_is_there() {
     assert!(agent.terminate().success());
     assert_eq!(place.remains(), Vec::<String>::new());
     drop(storage);
+}
+
+/// A file that can only be read, until this is dropped.
+struct ReadOnly(std::path::PathBuf);
+
+impl ReadOnly {
+    fn mount(path: std::path::PathBuf) -> ReadOnly {
+        for arguments in [vec!["--bind"], vec!["-o", "remount,bind,ro"]] {
+            let paths: &[_] = if arguments.len() == 1 { &[&path, &path] } else { &[&path] };
+            let mounted = Command::new("mount").args(arguments).args(paths).status();
+            assert!(mounted.expect("mount runs").success());
+        }
+        ReadOnly(path)
+    }
+}
+
+impl Drop for ReadOnly {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_capsule_whose_journal_cannot_be_written_runs_on_when_it_is_paused() {
+    let Some(guest) = guest_directory() else { return };
+    let place = Place::with_guest(3, &guest);
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let _: CapsuleInfo = cp.ask(&creation("cl-one")).expect("created");
+    start_counter(&mut cp, "cl-one");
+    let journal = ReadOnly::mount(place.directory.join("sandboxes/cl-one/journal"));
+    let pause = || CapsulePause { capsule_id: "cl-one".into() };
+    let error = cp.ask::<_, CapsuleInfo>(&pause()).expect_err("read-only");
+    assert!(error.text.contains("writing its record") && error.text.ends_with("it runs on"), "{error}");
+    assert_eq!(state(&mut cp, "cl-one"), CapsuleState::Running);
+    assert_eq!(count(&mut cp, "cl-one"), 1);
+    drop(journal);
+    let _: CapsuleInfo = cp.ask(&pause()).expect("paused");
+    agent.kill();
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let resume = CapsuleResume { capsule_id: "cl-one".into(), deadline_ms: 0 };
+    let _: CapsuleInfo = cp.ask(&resume).expect("resumed");
+    assert_eq!(count(&mut cp, "cl-one"), 2);
+    assert!(agent.terminate().success());
+    assert_eq!(place.remains(), Vec::<String>::new());
 }

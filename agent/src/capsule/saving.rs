@@ -366,7 +366,17 @@ fn bring_up_to_date(image: Image, record: &mut Record, directory: &Path) {
 /// After a failure: the record is as before, and the guest goes on. A machine that cannot has to end, so
 /// that its capsule does not look as if it ran.
 fn run_on(machine: &mut Machine, record: &Record, directory: &Path) {
-    let noted = record.note(directory, Step::Save, Phase::Failed);
+    let noted = record.note(directory, Step::Save, Phase::Failed).or_else(|e| {
+        // The step is not over in the journal, as after a crash in its midst. Only where the journal has an image
+        // may the guest not run.
+        match journal::read(directory) {
+            Ok(Some(history)) if history.record.image.is_none() => {
+                log::warn!("capsule {}: that it runs on is not in its journal: {e}", record.capsule_id);
+                Ok(())
+            }
+            _ => Err(e),
+        }
+    });
     let gone_on = noted.map_err(SaveFailure::Record).and_then(|()| {
         clean(directory, None, record.base);
         machine.go_on().map_err(SaveFailure::Vmm)
