@@ -342,7 +342,23 @@ pub struct SharedMemory {
 /// inode's number to the next file: by that alone one tenant's capsule would go on with another's memory.
 type FileId = (u64, u64, i64, i64, u64);
 
+fn file_id(snapshot: &Snapshot, memory: &fs::Metadata) -> FileId {
+    let made = snapshot.manifest.created_us;
+    (memory.dev(), memory.ino(), memory.ctime(), memory.ctime_nsec(), made)
+}
+
 impl SharedMemory {
+    /// How much of the host's memory [`SharedMemory::open`] will take for a snapshot, in bytes: none where it has been
+    /// read. Blocks for a `stat`. While another is being read that is not known, and this counts as if it had not.
+    pub fn bytes_to_read(&self, snapshot: &Snapshot) -> u64 {
+        let Ok(metadata) = fs::metadata(snapshot.image().memory_path(&snapshot.directory)) else { return 0 };
+        let is_read = self.loaded.try_lock().is_ok_and(|loaded| {
+            loaded.get(&file_id(snapshot, &metadata)).is_some_and(|memory| memory.strong_count() > 0)
+        });
+        // st_blocks counts 512 bytes whatever the filesystem's block is, stat(2). Holes are holes in memory too.
+        if is_read { 0 } else { metadata.blocks() * 512 }
+    }
+
     /// What a machine needs to go on from a snapshot. Blocks for as long as reading its memory takes, where
     /// nobody has it.
     pub fn open(&self, snapshot: &Snapshot) -> Result<Restore, VmmError> {
@@ -356,8 +372,7 @@ impl SharedMemory {
         // Held while one reads, so that another who wants the same waits for it.
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         loaded.retain(|_, memory| memory.strong_count() > 0);
-        let (changed, made) = (metadata.ctime_nsec(), snapshot.manifest.created_us);
-        let key: FileId = (metadata.dev(), metadata.ino(), metadata.ctime(), changed, made);
+        let key = file_id(snapshot, &metadata);
         if let Some(memory) = loaded.get(&key).and_then(Weak::upgrade) {
             return Ok(Restore { memory, is_own: false, ..files });
         }
@@ -412,6 +427,9 @@ mod tests {
         assert!(!Arc::ptr_eq(&held.memory, &other.memory), "another tenant's");
         let again = shared.open(&two).expect("opened");
         assert!(Arc::ptr_eq(&other.memory, &again.memory), "read once");
+        assert_eq!(shared.bytes_to_read(&two), 0);
+        drop((other, again));
+        assert!(shared.bytes_to_read(&two) > 0, "nobody has it any more");
         fs::remove_dir_all(layout.root()).expect("removed");
     }
 

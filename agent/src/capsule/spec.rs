@@ -158,7 +158,12 @@ impl Spec {
             });
         }
         let disk_mb = if asked_bytes == 0 { template_bytes } else { asked_bytes }.div_ceil(MIB);
-        check_room(host, promised, vcpus, memory_mb, disk_mb)?;
+        // The memory that capsules of one snapshot share comes to what each of them may change of it.
+        let shared = snapshot.as_ref().filter(|_| !host.vmm.shares_files());
+        let shared_mb = shared.map_or(0, |s| host.shared_memory.bytes_to_read(s)).div_ceil(MIB);
+        let need = need(host, vcpus, memory_mb);
+        let need = Need { memory_mb: need.memory_mb + shared_mb, disk_mb: need.disk_mb + disk_mb, ..need };
+        admission::check(&capacity(host), promised, &need).map_err(SpecError::NoRoom)?;
         Ok(Spec {
             id: request.capsule_id.clone(),
             template: request.template.clone(),
@@ -181,23 +186,18 @@ impl Spec {
 /// Checks whether the host has room for a capsule that is to go on.
 pub fn readmit(spec: &Spec, host: &Host, promised: &Promised) -> Result<(), SpecError> {
     // Its disk is among what is promised.
-    check_room(host, promised, spec.vcpus, spec.memory_mb, 0)
+    let need = need(host, spec.vcpus, spec.memory_mb);
+    admission::check(&capacity(host), promised, &need).map_err(SpecError::NoRoom)
 }
 
-fn check_room(
-    host: &Host,
-    promised: &Promised,
-    vcpus: u32,
-    memory_mb: u32,
-    disk_mb: u64,
-) -> Result<(), SpecError> {
-    let need = Need {
+/// What a capsule needs beside its disk and what it shares.
+fn need(host: &Host, vcpus: u32, memory_mb: u32) -> Need {
+    Need {
         vcpus: u64::from(vcpus),
         memory_mb: host_memory_mb(memory_mb, host.vmm.overhead_mb()),
         // When it is paused, its memory is saved.
-        disk_mb: disk_mb + u64::from(memory_mb),
-    };
-    admission::check(&capacity(host), promised, &need).map_err(SpecError::NoRoom)
+        disk_mb: u64::from(memory_mb),
+    }
 }
 
 /// What the host has for capsules now. Blocks for a `statvfs` and a small file. What cannot be found out
