@@ -20,6 +20,7 @@ use crate::worker::Workers;
 use crate::zstd::{self, ZstdError};
 use mio::net::TcpListener;
 use mio::{Poll, Token, Waker};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -271,8 +272,13 @@ fn free_slots(config: &Config, kept: impl Iterator<Item = Slot>) -> Result<SlotA
     let (first, last) = config.slots;
     let mut slots = SlotAllocator::new(first, last);
     let taken = existing_slots().map_err(system("listing the host's links"))?;
-    for slot in taken.into_iter().chain(kept) {
-        slots.reserve(slot);
+    let ours: BTreeSet<Slot> = kept.collect();
+    for slot in &ours {
+        slots.reserve(*slot);
+    }
+    // Another agent's, or of a capsule that was left as it is.
+    for slot in taken.into_iter().filter(|slot| !ours.contains(slot)) {
+        slots.set_aside(slot);
     }
     Ok(slots)
 }

@@ -374,8 +374,11 @@ impl Capsule {
             Err(NetworkFailure::Net(NetError::NameTaken { name }))
                 if self.network_attempts < MAX_NETWORK_ATTEMPTS && !self.lifecycle.has_image() =>
             {
-                // The slot stays allocated: whoever has it is not ours to disturb.
+                // Whoever has it is not ours to disturb.
                 log::warn!("capsule {}: {name} is somebody else's, trying another slot", self.spec.id);
+                if let Some(slot) = self.slot.take() {
+                    ctx.slots.set_aside(slot);
+                }
                 self.slot = ctx.slots.allocate();
                 match self.slot {
                     Some(slot) => {

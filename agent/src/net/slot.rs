@@ -15,6 +15,7 @@
 //! every capsule is the same: `eth0` towards the host, `tap0` towards the guest.
 
 use super::mac::MacAddress;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::Ipv4Addr;
 
@@ -132,17 +133,28 @@ pub struct SlotAllocator {
     /// One bit a slot.
     taken: Vec<u64>,
     in_use: usize,
+    /// Those of them that turned out to be somebody else's, who may have given them back since.
+    aside: BTreeSet<Slot>,
 }
 
 impl SlotAllocator {
     /// An allocator of the slots from `first` to `last`, all free.
     pub fn new(first: Slot, last: Slot) -> SlotAllocator {
         let words = usize::from(last.0) / 64 + 1;
-        SlotAllocator { first, last, next: first, taken: vec![0; words], in_use: 0 }
+        SlotAllocator { first, last, next: first, taken: vec![0; words], in_use: 0, aside: BTreeSet::new() }
     }
 
-    /// Takes a free slot; `None` when there is none.
+    /// Takes a free slot; `None` when there is none. Those that were set aside come last.
     pub fn allocate(&mut self) -> Option<Slot> {
+        self.allocate_free().or_else(|| {
+            for slot in std::mem::take(&mut self.aside) {
+                self.release(slot);
+            }
+            self.allocate_free()
+        })
+    }
+
+    fn allocate_free(&mut self) -> Option<Slot> {
         let mut candidate = self.next;
         loop {
             let after = if candidate >= self.last { self.first } else { Slot(candidate.0 + 1) };
@@ -165,6 +177,14 @@ impl SlotAllocator {
         self.taken[usize::from(slot.0) / 64] |= 1 << (slot.0 % 64);
         self.in_use += 1;
         true
+    }
+
+    /// A slot, taken or not, is somebody else's at the moment: it is not given out as long as there are others.
+    pub fn set_aside(&mut self, slot: Slot) {
+        self.reserve(slot);
+        if self.is_taken(slot) {
+            self.aside.insert(slot);
+        }
     }
 
     /// Gives a slot back; one that was not taken stays free.
@@ -245,6 +265,21 @@ mod tests {
         assert_eq!(slots.allocate(), Some(slot(4)));
         assert_eq!(slots.allocate(), Some(slot(1)));
         assert_eq!(slots.allocate(), None);
+    }
+
+    #[test]
+    fn a_strangers_slot_is_tried_again_when_there_is_no_other() {
+        let mut slots = SlotAllocator::new(slot(1), slot(3));
+        slots.set_aside(slot(2));
+        slots.set_aside(slot(2));
+        slots.set_aside(slot(9));
+        assert_eq!((slots.allocate(), slots.allocate()), (Some(slot(1)), Some(slot(3))));
+        assert_eq!((slots.allocate(), slots.allocate()), (Some(slot(2)), None));
+        // It still is the stranger's: set aside again, it keeps nobody else out.
+        slots.set_aside(slot(2));
+        slots.release(slot(3));
+        assert_eq!((slots.allocate(), slots.allocate()), (Some(slot(3)), Some(slot(2))));
+        assert_eq!((slots.allocate(), slots.in_use()), (None, 3));
     }
 
     #[test]
