@@ -13,6 +13,7 @@ use crate::sys::cgroup::{self, CgroupError};
 use crate::sys::pidfd::Process;
 use crate::vmm::{Machine, VmmError, image};
 use crate::whole_file;
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs;
 use std::io;
@@ -53,6 +54,13 @@ pub enum RecoveryError {
     Vmm(VmmError),
     /// A capsule lacks its disk, or its record its slot.
     Incomplete(PathBuf),
+    /// A directory has another capsule's record, as a copy of its directory has.
+    OfAnother {
+        /// The directory.
+        path: PathBuf,
+        /// Whose record it is.
+        capsule_id: String,
+    },
 }
 
 impl fmt::Display for RecoveryError {
@@ -67,6 +75,11 @@ impl fmt::Display for RecoveryError {
             RecoveryError::Incomplete(path) => {
                 write!(f, "{} lacks its disk or its record a slot", path.display())
             }
+            RecoveryError::OfAnother { path, capsule_id } => write!(
+                f,
+                "the journal in {} is that of the capsule {capsule_id:?}; move copies of capsules out of there",
+                path.display()
+            ),
         }
     }
 }
@@ -213,7 +226,14 @@ fn read(directory: &Path) -> Result<Option<Record>, RecoveryError> {
             text.map(|text| serde_json::from_slice(&text).map_err(io::Error::from)).transpose()
         }
     });
-    history.map_err(failed)
+    let record = history.map_err(failed)?;
+    // What it names is the other's: its machine, its network, its disk.
+    match &record {
+        Some(Record { capsule_id, .. }) if directory.file_name() != Some(OsStr::new(capsule_id)) => {
+            Err(RecoveryError::OfAnother { path: directory.to_owned(), capsule_id: capsule_id.clone() })
+        }
+        _ => Ok(record),
+    }
 }
 
 fn recover_one(directory: &Path, record: Option<Record>, take: Take) -> Result<Found, RecoveryError> {
@@ -382,16 +402,32 @@ mod tests {
             // Process 1 runs, but did not start then.
             machine: Some(record::ProcessRecord { pid: 1, start_ticks: u64::MAX }),
             image: None,
+            capsule_id: "cl-dead".into(),
             ..record::tests::record()
         };
         journal::begin(&sandboxes.join("cl-dead"), Step::Ready, Phase::Done, &record).expect("written");
+        // A copy of a capsule that is there: its record names what is the other's.
+        let mut other = std::process::Command::new("sleep").arg("60").spawn().expect("started");
+        let process = Process::child(other.id()).expect("runs");
+        let machine = record::ProcessRecord { pid: process.pid(), start_ticks: process.start_ticks() };
+        let copied = Record { machine: Some(machine), destroying: true, ..record.clone() };
+        fs::create_dir(sandboxes.join("cl-copy")).expect("made");
+        journal::begin(&sandboxes.join("cl-copy"), Step::Destroy, Phase::Begin, &copied).expect("written");
         let summary = recover(&layout, Take::Over).expect("recovered");
-        assert_eq!((summary.cleared, summary.left), (2, vec![("cl-odd".into(), None)]));
+        let runs = other.try_wait().expect("looked").is_none();
+        other.kill().and_then(|()| other.wait()).expect("ended");
+        assert!(runs, "the other capsule's machine was ended");
+        let mut left_alone = summary.left;
+        left_alone.sort();
+        assert_eq!(
+            (summary.cleared, left_alone),
+            (2, vec![("cl-copy".into(), None), ("cl-odd".into(), None)])
+        );
         assert!(summary.paused.is_empty() && summary.running.is_empty());
         let left = fs::read_dir(&sandboxes).expect("listed").flatten().map(|e| e.file_name());
         let mut left: Vec<_> = left.collect();
         left.sort();
-        assert_eq!(left, ["Not-a-capsule", "cl-odd", "file"]);
+        assert_eq!(left, ["Not-a-capsule", "cl-copy", "cl-odd", "file"]);
         fs::remove_dir_all(&root).expect("removed");
     }
 }
