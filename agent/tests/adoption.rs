@@ -3,10 +3,10 @@
 
 mod common;
 
-use common::{Agent, Client, Place, SmallStorage, creation, guest_directory};
+use common::{Agent, Client, PATIENCE, Place, SmallStorage, creation, guest_directory};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use wire::codec::Bytes;
 use wire::message::{
     CapsuleCreate, CapsuleGet, CapsuleInfo, CapsulePause, CapsuleResume, CapsuleSnapshot, CapsuleState, Code,
@@ -29,18 +29,20 @@ fn shell(cp: &mut Client, id: &str, command: &str) -> String {
 
 fn start_counter(cp: &mut Client, id: &str) {
     let stream = cp.session.open(&Forward { capsule_id: id.into() }, false).expect("opened");
-    let script = "n=0; trap 'n=$((n+1)); echo $n >/tmp/told' USR1; echo $$ >/tmp/pid; \
+    // In memory: a guest that writes to its disk on full storage stands still.
+    let script = "n=0; trap 'n=$((n+1)); echo $n >/dev/shm/told' USR1; echo $$ >/dev/shm/pid; \
                   while :; do sleep 0.05; done";
     let argv = ["/bin/sh", "-c", script].map(|argument| Bytes(argument.as_bytes().to_vec()));
     let start = ProcessStart { argv: argv.to_vec(), detached: true, ..Default::default() };
     cp.session.send_last(stream, &start).expect("sent");
     assert_eq!(cp.answer(stream).0, ProcessStarted::KIND);
-    shell(cp, id, "while [ ! -s /tmp/pid ]; do sleep 0.05; done");
+    shell(cp, id, "while [ ! -s /dev/shm/pid ]; do sleep 0.05; done");
 }
 
 /// The number that the process has counted to by now, which only its memory knows.
 fn count(cp: &mut Client, id: &str) -> u32 {
-    let ask = "rm -f /tmp/told; kill -USR1 $(cat /tmp/pid); while [ ! -s /tmp/told ]; do sleep 0.05; done; cat /tmp/told";
+    let ask =
+        "cd /dev/shm; rm -f told; kill -USR1 $(cat pid); while [ ! -s told ]; do sleep 0.05; done; cat told";
     shell(cp, id, ask).parse().expect("a number")
 }
 
@@ -180,9 +182,17 @@ fn an_agent_that_starts_on_full_storage_goes_on_with_what_is_there() {
     }
     let asleep = || "cl-asleep".to_string();
     let _: CapsuleInfo = cp.ask(&CapsulePause { capsule_id: asleep() }).expect("paused");
-    // As a power cut leaves the end of a journal.
-    let journal = std::fs::File::options().append(true).open(sandboxes.join("cl-asleep/journal"));
+    // As a power cut leaves the end of a journal, once the agent has nothing more to write to it.
+    let path = sandboxes.join("cl-asleep/journal");
+    let begun = Instant::now();
+    while !std::fs::read_to_string(&path).expect("a journal").contains(r#""remove_network","phase":"done""#) {
+        assert!(begun.elapsed() < PATIENCE, "its network stays");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let journal = std::fs::File::options().append(true).open(path);
     journal.and_then(|mut file| std::io::Write::write_all(&mut file, b"0123456789abcdef {")).expect("torn");
+    // What its guest has begun to write is on its disk before there is no more room.
+    shell(&mut cp, "cl-awake", "sync");
     let ballast = storage.fill();
     let error = cp.ask::<_, CapsuleInfo>(&CapsuleResume { capsule_id: asleep(), deadline_ms: 0 });
     assert!(error.expect_err("full").text.contains("it is still paused"));
