@@ -18,6 +18,7 @@ use wire::message::{
     CapsuleState, Code, Done, Error, Forward, Message, ProcessStart, ProcessStarted, SnapshotDelete,
     SnapshotInfo,
 };
+use wrenn_agent::net::{CapsuleNetwork, Policy, Slot, existing_slots};
 
 /// The capsule that lives through it all, and the one that is made anew for each crash that ends it.
 const LASTING: &str = "cl-lasting";
@@ -456,4 +457,55 @@ fn a_crash_at_any_entry_of_pausing_resuming_and_snapshots_loses_and_leaks_nothin
     sweep.machine_dies("save.done", started, &pause(FLEETING), (true, Paused));
     sweep.machine_dies("go_on.begin", paused, &resume(FLEETING), (false, Paused));
     finish(&sweep, &[SNAPSHOT, "other"]);
+}
+
+#[test]
+fn a_slot_that_was_given_back_is_nobodys_to_clear() {
+    if fs::metadata("/proc/self").is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) != 0) {
+        eprintln!("SKIPPED: this needs root");
+        return;
+    }
+    let place = Place::new(9);
+    // A kernel that QEMU refuses: the capsule is made, and taken away again.
+    for (name, content) in [
+        ("kernels/vmlinux", &b"none"[..]),
+        ("kernels/initramfs.img", b"none"),
+        ("images/minimal/rootfs.ext4", &[0; 1 << 20]),
+    ] {
+        place.write_new(name, content);
+    }
+    let mut agent = Agent::start_with(&place, |command| {
+        command.env("CRASH_AT", "remove_network.done");
+    });
+    let mut cp = agent.client();
+    let stream = cp.session.open(&creation(FLEETING), true).expect("opened");
+    cp.flush();
+    assert_eq!(agent.wait().signal(), Some(libc::SIGKILL), "{stream:?}");
+    assert_eq!(place.sandboxes(), [FLEETING], "its directory is there still");
+    // From here on the slot is whoever's takes it.
+    let slot = Slot::new(place.first_slot).expect("a slot");
+    let take = || CapsuleNetwork::create(slot, &Policy::CLOSED).expect("made");
+    let is_there = || existing_slots().expect("listed").contains(&slot);
+    let (network, tap) = take();
+    let agent = Agent::start(&place);
+    assert_eq!(place.sandboxes(), Vec::<String>::new());
+    assert!(is_there(), "the other's network is gone");
+    drop(tap);
+    network.destroy().expect("destroyed");
+    agent.kill();
+    // Neither does a capsule that only wanted it take it away.
+    let mut agent = Agent::start_with(&place, |command| {
+        command.env("CRASH_AT", "network.begin");
+    });
+    let (network, tap) = take();
+    let mut cp = agent.client();
+    cp.session.open(&creation(FLEETING), true).expect("opened");
+    cp.flush();
+    assert_eq!(agent.wait().signal(), Some(libc::SIGKILL));
+    let agent = Agent::start(&place);
+    assert_eq!(place.sandboxes(), Vec::<String>::new());
+    assert!(is_there(), "the other's network is gone");
+    drop(tap);
+    network.destroy().expect("destroyed");
+    assert!(agent.terminate().success());
 }

@@ -6,11 +6,12 @@ use super::hibernation::PackReport;
 use super::journal::{self, Phase, Step};
 use super::lifecycle::{Event, Goal, Part};
 use super::machine::{KILL_TIMEOUT_MS, MachineFailure};
+use super::record::{self, Record};
 use super::saving::{RestoreReport, SaveReport, SnapshotReport};
-use super::{Capsule, CapsuleTimer, FIRST_UID, GuestLink, MIB, Source, record};
+use super::{Capsule, CapsuleTimer, FIRST_UID, GuestLink, MIB, Source};
 use crate::context::{Context, Report, Source as LoopSource, TimerKey};
 use crate::disk::{self, Disk, DiskError, DiskSpec};
-use crate::net::{CapsuleNetwork, NetError, Tap, destroy_remains};
+use crate::net::{CapsuleNetwork, NetError, Tap, destroy_remains, taken_name};
 use crate::snapshots::link_disk;
 use crate::sys::cgroup::{self, CgroupError};
 use crate::vmm::Machine;
@@ -151,6 +152,10 @@ impl Capsule {
         let (record, directory) = (self.record.clone(), self.directory.clone());
         let wanted = self.policy.clone();
         self.submit(ctx, move || {
+            if let Some(name) = taken_name(slot) {
+                let taken = NetworkFailure::Net(NetError::NameTaken { name });
+                return CapsuleReport::NetworkMade(Err(taken));
+            }
             let begun = record
                 .note(&directory, Step::Network, Phase::Begin)
                 // A capsule that was there before has what was last asked for.
@@ -203,15 +208,23 @@ impl Capsule {
                 if network.is_none() && slot.is_none() {
                     return Some(Event::Removed(part));
                 }
+                // A slot that is given back may be another capsule's before this one's directory is gone: an agent
+                // after this one must not take away what is there then. What that agent would keep needs its slot.
+                let Record { ready, destroying, .. } = self.record;
+                let is_going = self.lifecycle.goal() == Goal::Down && (destroying || !ready);
+                let without = Record { slot: None, machine: None, group: None, ..self.record.clone() };
+                let without = is_going.then_some(without);
                 self.submit(ctx, move || {
                     // Its processes are the machine's, which is gone: now it goes.
                     let group = group.as_deref().map_or(Ok(()), cgroup::remove);
-                    let removed = remove_noted(&directory, || match (network, slot) {
+                    let remove = || match (network, slot) {
                         (Some(network), _) => network.destroy(),
                         // An earlier try took it and did not get through.
                         (None, Some(slot)) => destroy_remains(slot).map(|_| ()),
                         (None, None) => Ok(()),
-                    });
+                    };
+                    let without = without.as_ref().filter(|_| group.is_ok());
+                    let removed = remove_noted(&directory, without, remove);
                     CapsuleReport::NetworkRemoved(
                         group.map_err(RemoveFailure::Group).and(removed.map_err(RemoveFailure::Net)),
                     )
@@ -224,7 +237,11 @@ impl Capsule {
                 let was_noted = std::mem::replace(&mut self.record.destroying, true);
                 let (record, disk) = (self.record.clone(), self.disk.take());
                 self.submit(ctx, move || {
-                    if !was_noted && let Err(e) = record.note(&directory, Step::Destroy, Phase::Begin) {
+                    // One that nobody was told of is cleared away all the same.
+                    if !was_noted
+                        && record.ready
+                        && let Err(e) = record.note(&directory, Step::Destroy, Phase::Begin)
+                    {
                         log_unnoted(&record.capsule_id, &e);
                     }
                     if let Err(e) = journal::append(&directory, Step::RemoveDisk, Phase::Begin, None) {
@@ -301,6 +318,7 @@ impl Capsule {
                     // A paused capsule keeps its addresses.
                     if self.lifecycle.goal() == Goal::Down {
                         self.free_slot(ctx);
+                        (self.record.slot, self.record.group) = (None, None);
                     }
                     Event::Removed(Part::Network)
                 }
@@ -464,16 +482,20 @@ fn log_unnoted(id: &str, error: &io::Error) {
     log::warn!("capsule {id}: its end is not in its journal: {error}");
 }
 
-/// Takes a network away, with a note before and after.
-fn remove_noted(directory: &Path, remove: impl FnOnce() -> Result<(), NetError>) -> Result<(), NetError> {
-    let note = |phase| {
-        if let Err(e) = journal::append(directory, Step::RemoveNetwork, phase, None) {
+/// Takes a network away, with a note before and after; from there on the capsule owns what is in `without`.
+fn remove_noted(
+    directory: &Path,
+    without: Option<&Record>,
+    remove: impl FnOnce() -> Result<(), NetError>,
+) -> Result<(), NetError> {
+    let note = |phase, record| {
+        if let Err(e) = journal::append(directory, Step::RemoveNetwork, phase, record) {
             log::warn!("{}: noting the removal of its network: {e}", directory.display());
         }
     };
-    note(Phase::Begin);
+    note(Phase::Begin, None);
     remove()?;
-    note(Phase::Done);
+    note(Phase::Done, without);
     Ok(())
 }
 

@@ -225,6 +225,16 @@ fn remove(slot: Slot, was_let_out: bool) -> Result<bool, NetError> {
     Ok(link? | namespace?)
 }
 
+/// What somebody has of a slot's names, if anything. [`CapsuleNetwork::create`] finds out as well; but before it is
+/// asked, a record names the slot, and what a record names an agent that starts after a crash takes away.
+pub fn taken_name(slot: Slot) -> Option<String> {
+    let (namespace, link) = (slot.namespace_name(), slot.host_link_name());
+    if netns::is_there(&namespace) {
+        return Some(namespace);
+    }
+    host::has_link(&link).then_some(link)
+}
+
 /// The slots of which there is something on this host, ours or another agent's, in order.
 pub fn existing_slots() -> io::Result<Vec<Slot>> {
     host::links()

@@ -7,6 +7,7 @@ use super::firewall::{self, FirewallError};
 use super::slot::Slot;
 use std::fs::{self, File, TryLockError};
 use std::io;
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -127,6 +128,11 @@ pub fn is_installed() -> Result<bool, NetError> {
         Err(FirewallError::Refused { .. }) => Ok(false),
         Err(e) => Err(e.into()),
     }
+}
+
+/// Whether the host has a link of this name.
+pub(super) fn has_link(name: &str) -> bool {
+    fs::symlink_metadata(Path::new(LINKS).join(name)).is_ok()
 }
 
 /// The slots whose links are on the host, in order.

@@ -27,7 +27,7 @@ pub mod policy;
 pub mod slot;
 pub mod tap;
 
-pub use capsule::{CapsuleNetwork, PolicyHandle, destroy_remains, existing_slots};
+pub use capsule::{CapsuleNetwork, PolicyHandle, destroy_remains, existing_slots, taken_name};
 pub use error::NetError;
 pub use firewall::FirewallError;
 pub use mac::MacAddress;

@@ -95,6 +95,11 @@ pub fn remove(name: &str) -> Result<bool, NetError> {
     Ok(true)
 }
 
+/// Whether there is something of this name.
+pub fn is_there(name: &str) -> bool {
+    fs::symlink_metadata(path_of(name)).is_ok()
+}
+
 fn remove_files(path: &Path) -> io::Result<()> {
     match namespace::unmount(path) {
         // EINVAL: nothing is mounted there, as when its maker died half-way.
