@@ -6,6 +6,7 @@ use crate::vmm::firecracker::Programs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use wire::config::{ConfigError, HttpUrl, Settings};
+use wire::network::{NOT_INTERNET, network_of};
 
 /// Everything that the environment says.
 #[derive(Debug, Clone)]
@@ -84,15 +85,35 @@ fn optional<T>(
 }
 
 /// The name server for guests: the configured one, else the first of the host's own `resolv.conf` (its
-/// text) that a guest could reach, which those of the host's loopback are not.
+/// text) that a guest with internet may reach, which one of a private network is not.
 pub fn guest_name_server(configured: Option<Ipv4Addr>, resolv_conf: &str) -> Option<Ipv4Addr> {
     configured.or_else(|| {
         resolv_conf
             .lines()
             .filter_map(|line| line.trim().strip_prefix("nameserver"))
             .filter_map(|rest| rest.trim().parse::<Ipv4Addr>().ok())
-            .find(|address| !address.is_loopback() && !address.is_unspecified())
+            .find(|address| is_internet(*address))
     })
+}
+
+/// Why capsules with internet access will find no names, where they will not; for a person.
+pub fn why_no_names(configured: Option<Ipv4Addr>, resolv_conf: &str) -> Option<String> {
+    match guest_name_server(configured, resolv_conf) {
+        None => Some(
+            "none of this host's name servers is on the public internet, which is all that capsules may reach; \
+             set WRENN_GUEST_DNS to one that is"
+                .into(),
+        ),
+        Some(address) if !is_internet(address) => Some(format!(
+            "WRENN_GUEST_DNS is {address}, which is not on the public internet, which is all that capsules may \
+             reach; set it to one that is"
+        )),
+        Some(_) => None,
+    }
+}
+
+fn is_internet(address: Ipv4Addr) -> bool {
+    !NOT_INTERNET.iter().any(|(network, prefix)| network_of(address, *prefix) == *network)
 }
 
 #[cfg(test)]
@@ -141,8 +162,15 @@ mod tests {
     fn a_guest_gets_a_name_server_that_it_can_reach() {
         let text =
             "# stub\nnameserver 127.0.0.53\nnameserver ::1\nnameserver\t10.0.0.2\nnameserver 1.1.1.1\n";
-        assert_eq!(guest_name_server(None, text), Some(Ipv4Addr::new(10, 0, 0, 2)));
+        // What the network policy refuses is of no use to it.
+        assert_eq!(guest_name_server(None, text), Some(Ipv4Addr::new(1, 1, 1, 1)));
         assert_eq!(guest_name_server(Some(Ipv4Addr::new(9, 9, 9, 9)), text), Some(Ipv4Addr::new(9, 9, 9, 9)));
-        assert_eq!(guest_name_server(None, "nameserver 127.0.0.1"), None);
+        for private in ["127.0.0.1", "169.254.169.253", "192.168.1.1", "0.0.0.0"] {
+            let text = format!("nameserver {private}");
+            assert_eq!(guest_name_server(None, &text), None);
+            assert!(why_no_names(None, &text).is_some_and(|why| why.contains("WRENN_GUEST_DNS")));
+        }
+        assert!(why_no_names(Some(Ipv4Addr::new(10, 0, 0, 2)), text).is_some());
+        assert_eq!(why_no_names(None, text), None);
     }
 }

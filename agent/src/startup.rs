@@ -3,7 +3,7 @@
 
 use crate::agent::{Agent, Outcome, Parts};
 use crate::capsule::recovery::{RecoveryError, Take, recover};
-use crate::config::Config;
+use crate::config::{Config, why_no_names};
 use crate::context::{Context, Host};
 use crate::cp_client::HostFacts;
 use crate::disk::dm::guard::Guard;
@@ -174,6 +174,10 @@ pub fn serve(config: Config) -> Result<Outcome, StartError> {
     }
     if config.hibernate_after_ms > 0 {
         zstd::find()?;
+    }
+    let resolv_conf = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    if let Some(why) = why_no_names(config.guest_dns, &resolv_conf) {
+        log::warn!("capsules with internet access will find no names: {why}");
     }
     let open_files = raise_open_files().map_err(system("raising the limit of open files"))?;
     if open_files < FEW_OPEN_FILES {

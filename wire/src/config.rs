@@ -274,7 +274,7 @@ pub const VARIABLES: &[Variable] = &[
         Program::Agent,
         Kind::Ipv4,
         None,
-        "the name server of capsules with internet access; without it, the host's own unless that is local",
+        "the name server of capsules with internet access; without it, the host's first that is public",
     ),
     variable(
         "WRENN_VCPU_OVERCOMMIT",
