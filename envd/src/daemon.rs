@@ -22,8 +22,8 @@ use alloc::vec::Vec;
 use core::net::SocketAddrV4;
 use wire::message::{Error, FileWatch};
 
-/// Bytes read at once from anything: as long as the longest data frame.
-const SCRATCH: usize = wire::session::MAX_DATA;
+/// Bytes read at once from anything: two of the longest data frames.
+const SCRATCH: usize = 2 * wire::session::MAX_DATA;
 /// Connections accepted before others get their turn.
 const MAX_ACCEPTS: usize = 16;
 /// Events of one connection handled before others get their turn.

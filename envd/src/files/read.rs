@@ -69,8 +69,8 @@ impl Reading {
         if self.blocked {
             return Ok(Progress::Blocked);
         }
-        // Four frames, then others have their turn.
-        for _ in 0..4 {
+        // As much as a session takes at once, then others have their turn.
+        for _ in 0..wire::session::OUTPUT_SOFT_LIMIT.div_ceil(scratch.len()) {
             let want = (self.end - self.at).min(scratch.len() as u64) as usize;
             let n = match want {
                 0 => 0,

@@ -6,14 +6,16 @@
 //! - a file read and written beside a bare copy through a socket;
 //! - memory idle and with a thousand processes, threads;
 //! - a thousand streams of output at once, none of which loses a byte.
+//!
+//! `bench-envd PART...` runs only some of `execs`, `keys`, `files`, `processes` and `streams`.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
-use wire::auth::{ITERATIONS, Verifier};
+use wire::auth::{ITERATIONS, Verifier, hmac_sha256};
 use wire::client::{Client, Identity, Incoming};
 use wire::message::{
     CHANNEL_FILE, CHANNEL_STDOUT, CHANNEL_TERMINAL, Done, FileEntry, FileRead, FileRemove, FileWrite,
@@ -73,6 +75,20 @@ impl Envd {
         let line = status.lines().find(|l| l.starts_with(name)).ok_or("a field of status")?;
         line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).ok_or_else(|| "a number".into())
     }
+
+    /// Processor time that it has used, in user and in kernel mode: fields 14 and 15 of `/proc/PID/stat`
+    /// (proc(5)), in hundredths of a second.
+    fn busy(&self) -> Result<(Duration, Duration)> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).context("stat")?;
+        let fields = stat.rsplit(')').next().unwrap_or_default();
+        let mut ticks = fields.split_whitespace().skip(11).filter_map(|f| f.parse::<u64>().ok());
+        match (ticks.next(), ticks.next()) {
+            (Some(user), Some(system)) => {
+                Ok((Duration::from_millis(user * 10), Duration::from_millis(system * 10)))
+            }
+            _ => Err("processor time in stat".into()),
+        }
+    }
 }
 
 impl Drop for Envd {
@@ -103,11 +119,24 @@ fn bench() -> Result<()> {
     let envd = Envd::start()?;
     let mut client = envd.client()?;
     println!("envd, {} threads, idle    {:8} KB resident", envd.status("Threads")?, envd.status("VmRSS")?);
-    execs(&mut client)?;
-    keys(&mut client)?;
-    files(&mut client)?;
-    processes(&envd, &mut client)?;
-    streams(&envd)
+    let parts: Vec<String> = std::env::args().skip(1).collect();
+    let wanted = |part: &str| parts.is_empty() || parts.iter().any(|p| p == part);
+    if wanted("execs") {
+        execs(&mut client)?;
+    }
+    if wanted("keys") {
+        keys(&mut client)?;
+    }
+    if wanted("files") {
+        files(&envd, &mut client)?;
+    }
+    if wanted("processes") {
+        processes(&envd, &mut client)?;
+    }
+    if wanted("streams") {
+        streams(&envd)?;
+    }
+    Ok(())
 }
 
 fn percentile_us(samples: &mut [Duration], part: f64) -> f64 {
@@ -200,12 +229,37 @@ fn bare_copy(content: &[u8]) -> Result<f64> {
     })
 }
 
-fn files(client: &mut Client) -> Result<()> {
+/// Bytes a second of what the protocol asks for each frame at either end: its MAC.
+fn bare_mac(content: &[u8]) -> f64 {
+    let start = Instant::now();
+    for frame in content.chunks(wire::session::MAX_DATA) {
+        std::hint::black_box(hmac_sha256(&[7; 32], &[frame]));
+    }
+    content.len() as f64 / start.elapsed().as_secs_f64()
+}
+
+/// Bytes a second written to a file and brought to the disk.
+fn bare_write(path: &Path, content: &[u8]) -> Result<f64> {
+    let start = Instant::now();
+    let mut file = fs::File::create(path).context(path.display())?;
+    for piece in content.chunks(wire::session::MAX_DATA) {
+        file.write_all(piece).context(path.display())?;
+    }
+    file.sync_all().context(path.display())?;
+    let rate = content.len() as f64 / start.elapsed().as_secs_f64();
+    fs::remove_file(path).context(path.display())?;
+    Ok(rate)
+}
+
+fn files(envd: &Envd, client: &mut Client) -> Result<()> {
     let content = vec![0x5a; FILE_BYTES];
-    let floor = bare_copy(&content)? / 1e6;
     let path = std::env::temp_dir().join(format!("wrenn-bench-file-{}", std::process::id()));
+    let disk = bare_write(&path, &content)? / 1e6;
+    let floor = bare_copy(&content)? / 1e6;
+    println!("a MAC for each frame      {:8.0} MB/s, at either end", bare_mac(&content) / 1e6);
     let name = path.as_os_str().as_encoded_bytes();
     let user = "root".to_string();
+    let idle = envd.busy()?;
     let start = Instant::now();
     let write = FileWrite { path: name.into(), user: user.clone(), mode: 0o600 };
     let stream = client.open(&write, false).map_err(failed)?;
@@ -213,23 +267,34 @@ fn files(client: &mut Client) -> Result<()> {
     client.finish(stream).map_err(failed)?;
     client.next_message::<FileEntry>(stream).map_err(failed)?;
     let written = FILE_BYTES as f64 / 1e6 / start.elapsed().as_secs_f64();
+    let wrote = envd.busy()?;
     let start = Instant::now();
-    let read = FileRead { path: name.into(), user: user.clone(), ..FileRead::default() };
-    let stream = client.open(&read, true).map_err(failed)?;
+    let request = FileRead { path: name.into(), user: user.clone(), ..FileRead::default() };
+    let stream = client.open(&request, true).map_err(failed)?;
     let (bytes, last) = drain(client, stream, CHANNEL_FILE)?;
     let back = FILE_BYTES as f64 / 1e6 / start.elapsed().as_secs_f64();
+    let read = envd.busy()?;
     let remove = FileRemove { path: name.into(), user };
     client.request::<_, Done>(&remove).map_err(failed)?;
     if bytes != FILE_BYTES || last != Done::KIND {
         return Err(Failure(format!("{bytes} bytes came back, then {last:#06x}")));
     }
+    // Of its own time it is told apart from what the machine does besides.
+    let time = |of: (Duration, Duration), after: (Duration, Duration)| {
+        let share = |a: Duration, b: Duration| (b - a).as_secs_f64() * 1e9 / FILE_BYTES as f64;
+        format!("envd {:.2} + {:.2} ns a byte (user + system)", share(of.0, after.0), share(of.1, after.1))
+    };
     println!(
-        "file write, fsync too     {written:8.0} MB/s, bare socket copy {floor:.0}, ratio {:.2}",
-        written / floor
+        "file write, fsync too     {written:8.0} MB/s, bare write and fsync {disk:.0}, ratio {:.2}; bare socket \
+         copy {floor:.0}, ratio {:.2}; {}",
+        written / disk,
+        written / floor,
+        time(idle, wrote)
     );
     println!(
-        "file read                 {back:8.0} MB/s, bare socket copy {floor:.0}, ratio {:.2}",
-        back / floor
+        "file read                 {back:8.0} MB/s, bare socket copy {floor:.0}, ratio {:.2}; {}",
+        back / floor,
+        time(wrote, read)
     );
     Ok(())
 }

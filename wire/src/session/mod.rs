@@ -205,6 +205,10 @@ impl Session {
         }
         self.heard_ms = now_ms;
         self.pinged = false;
+        let bytes = self.complete_frame(bytes);
+        if self.is_closed() {
+            return;
+        }
         if self.input.is_empty() {
             let used = self.parse(bytes);
             self.input.extend_from_slice(&bytes[used..]);

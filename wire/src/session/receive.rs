@@ -23,6 +23,28 @@ impl Session {
         }
     }
 
+    /// Gives the frame that is buffered in part what it lacks, and handles it. Returns the rest of the
+    /// bytes, which need not be copied then.
+    pub(super) fn complete_frame<'a>(&mut self, mut bytes: &'a [u8]) -> &'a [u8] {
+        while self.is_ready() && !self.input.is_empty() && !bytes.is_empty() {
+            let whole = match self.input.first_chunk::<HEADER_LEN>() {
+                Some([a, b, c, d, ..]) => {
+                    // A length that is too long is refused with the header.
+                    let length = (u32::from_be_bytes([*a, *b, *c, *d]) as usize).min(MAX_PAYLOAD);
+                    HEADER_LEN + length + MAC_LEN
+                }
+                None => HEADER_LEN,
+            };
+            // At least one, for what the handshake has left unhandled.
+            let lacks = whole.saturating_sub(self.input.len()).max(1);
+            let (now, later) = bytes.split_at(lacks.min(bytes.len()));
+            self.input.extend_from_slice(now);
+            self.parse_input();
+            bytes = later;
+        }
+        bytes
+    }
+
     /// Handles every whole frame in `bytes` and returns how many bytes they took.
     pub(super) fn parse(&mut self, bytes: &[u8]) -> usize {
         let mut at = 0;
