@@ -3,7 +3,7 @@
 use crate::connection::{Connections, StreamKey, Task};
 use crate::ports::{self, Listening};
 use crate::sys::file;
-use alloc::collections::{BTreeMap, VecDeque};
+use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
 use alloc::ffi::CString;
 use alloc::format;
 use alloc::vec::Vec;
@@ -16,9 +16,9 @@ pub const PERIOD_MS: u64 = 1_000;
 pub const HISTORY: usize = 600;
 /// Streams that may watch the ports at once.
 const MAX_WATCHERS: usize = 64;
-/// Processes, and descriptors of each, that are looked through for the owner of a socket.
-const MAX_PROCESSES: usize = 4096;
-const MAX_DESCRIPTORS: usize = 1024;
+/// Processes and descriptors of theirs that one look goes through for the owners of sockets: some 20 ms. A
+/// guest with more, or that opens ports by the thousand, does not hold envd up; it has owners untold.
+const MAX_LOOKS: usize = 16_384;
 
 /// The figures and ports of the last looks.
 #[derive(Debug, Default)]
@@ -49,10 +49,9 @@ impl Sampler {
         if !self.watchers.is_empty()
             && let Ok(ports) = ports::listening(own_port)
         {
-            let changes = changes(&self.ports, &ports);
+            let changes = with_owners(changes(&self.ports, &ports), &ports);
             self.ports = ports;
             for change in changes {
-                let change = with_owner(change, &self.ports);
                 for watcher in &self.watchers {
                     connections.send(*watcher, &change);
                 }
@@ -88,8 +87,8 @@ impl Sampler {
         if self.watchers.is_empty() {
             self.ports = ports;
         }
-        for change in changes(&BTreeMap::new(), &self.ports) {
-            connections.send(key, &with_owner(change, &self.ports));
+        for change in with_owners(changes(&BTreeMap::new(), &self.ports), &self.ports) {
+            connections.send(key, &change);
         }
         connections.send(key, &Done {});
         connections.set_task(key, Task::Sampler);
@@ -119,45 +118,53 @@ fn changes(before: &BTreeMap<u16, Listening>, now: &BTreeMap<u16, Listening>) ->
         .collect()
 }
 
-fn with_owner(change: PortChange, ports: &BTreeMap<u16, Listening>) -> PortChange {
-    let inode = ports.get(&change.port).filter(|_| change.listening).map(|l| l.inode);
-    let pid = inode.filter(|inode| *inode != 0).and_then(owner).unwrap_or(0);
-    PortChange { pid, ..change }
+/// The changes with the processes that listen now.
+fn with_owners(mut changes: Vec<PortChange>, ports: &BTreeMap<u16, Listening>) -> Vec<PortChange> {
+    let inode_of = |change: &PortChange| {
+        ports.get(&change.port).filter(|l| change.listening && l.inode != 0).map(|l| l.inode)
+    };
+    let owners = owners(changes.iter().filter_map(inode_of).collect());
+    for change in &mut changes {
+        change.pid = inode_of(change).and_then(|inode| owners.get(&inode).copied()).unwrap_or(0);
+    }
+    changes
 }
 
-/// The process that has a socket open, from `/proc/PID/fd` (proc(5)).
-fn owner(inode: u64) -> Option<u32> {
-    let wanted = format!("socket:[{inode}]");
+/// The processes that have these sockets open, from `/proc/PID/fd` (proc(5)), all in one pass.
+fn owners(mut wanted: BTreeSet<u64>) -> BTreeMap<u64, u32> {
+    let mut found = BTreeMap::new();
     let flags = libc::O_RDONLY | libc::O_DIRECTORY;
-    let processes = file::open(file::CURRENT, c"/proc", flags, 0).ok()?;
-    let (mut found, mut looked) = (None, 0);
+    let Ok(processes) = file::open(file::CURRENT, c"/proc", flags, 0) else { return found };
+    let mut looks = 0;
     // A process that ends meanwhile is passed over.
     let _ = file::read_directory(&processes, |name| {
-        let Some(pid) = number(name) else { return true };
-        looked += 1;
-        if has_open(pid, wanted.as_bytes()) {
-            found = Some(pid);
+        if wanted.is_empty() || looks >= MAX_LOOKS {
+            return false;
         }
-        found.is_none() && looked < MAX_PROCESSES
+        let Some(pid) = number(name) else { return true };
+        looks += 1;
+        let Ok(path) = CString::new(format!("/proc/{pid}/fd")) else { return true };
+        let Ok(descriptors) = file::open(file::CURRENT, &path, flags, 0) else { return true };
+        let _ = file::read_directory(&descriptors, |name| {
+            looks += 1;
+            let target = file::read_link(descriptors.raw(), name).unwrap_or_default();
+            if let Some(inode) = socket_inode(&target).filter(|inode| wanted.remove(inode)) {
+                found.insert(inode, pid);
+            }
+            looks < MAX_LOOKS && !wanted.is_empty()
+        });
+        true
     });
     found
+}
+
+/// What `/proc/PID/fd` links a socket to: `socket:[inode]`.
+fn socket_inode(target: &[u8]) -> Option<u64> {
+    core::str::from_utf8(target).ok()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
 fn number(name: &CStr) -> Option<u32> {
     name.to_str().ok()?.parse().ok()
-}
-
-fn has_open(pid: u32, wanted: &[u8]) -> bool {
-    let Ok(path) = CString::new(format!("/proc/{pid}/fd")) else { return false };
-    let flags = libc::O_RDONLY | libc::O_DIRECTORY;
-    let Ok(descriptors) = file::open(file::CURRENT, &path, flags, 0) else { return false };
-    let (mut found, mut looked) = (false, 0);
-    let _ = file::read_directory(&descriptors, |name| {
-        looked += 1;
-        found = file::read_link(descriptors.raw(), name).is_ok_and(|target| target == wanted);
-        !found && looked < MAX_DESCRIPTORS
-    });
-    found
 }
 
 #[cfg(test)]
@@ -174,6 +181,14 @@ mod tests {
         assert_eq!(sampler.since(0).next().map(|f| f.at_ms), Some(6 * PERIOD_MS));
         let late: Vec<u64> = sampler.since(603 * PERIOD_MS).map(|f| f.at_ms).collect();
         assert_eq!(late, [604 * PERIOD_MS, 605 * PERIOD_MS]);
+    }
+
+    #[test]
+    fn sockets_are_known_by_their_links() {
+        assert_eq!(socket_inode(b"socket:[4711]"), Some(4711));
+        for other in [b"".as_slice(), b"pipe:[4711]", b"socket:[]", b"socket:[4711", b"/dev/null", b"\xff"] {
+            assert_eq!(socket_inode(other), None);
+        }
     }
 
     #[test]

@@ -220,3 +220,25 @@ fn ports_are_told_as_they_come_and_go() {
     drop(new);
     assert!(!change_of(&mut client, port).listening);
 }
+
+/// A guest may listen on as many ports as it likes: their owners are looked for together.
+#[test]
+fn hundreds_of_ports_hold_nobody_up() {
+    const PORTS: usize = 800;
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let there: Vec<_> = (0..PORTS).map(|_| TcpListener::bind("127.0.0.1:0").expect("listen")).collect();
+    let begin = Instant::now();
+    let stream = client.open(&PortWatch {}, false);
+    let mut told = std::collections::BTreeMap::new();
+    while let (PortChange::KIND, body) = client.next_message(stream) {
+        let change = PortChange::decode(&body).expect("a change");
+        told.insert(change.port, change.pid);
+    }
+    let took = begin.elapsed();
+    for listener in &there {
+        let port = listener.local_addr().expect("address").port();
+        assert_eq!(told.get(&port), Some(&std::process::id()), "port {port}");
+    }
+    assert!(took < Duration::from_secs(1), "it took {took:?}");
+}
