@@ -1,8 +1,8 @@
 //! The agent's own configuration: the typed form of its variables.
 
 use crate::net::slot::Slot;
-use crate::vmm::Wanted;
 use crate::vmm::firecracker::Programs;
+use crate::vmm::{DiskLimits, Wanted};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use wire::config::{ConfigError, HttpUrl, Settings};
@@ -33,6 +33,8 @@ pub struct Config {
     pub disk_overcommit: u64,
     /// How long a capsule is paused until its memory is packed, in milliseconds; 0 for never.
     pub hibernate_after_ms: u64,
+    /// How fast a capsule may use its disk.
+    pub disk_limits: DiskLimits,
     /// How long a capsule may run until it is paused, in milliseconds; 0 for as long as it likes.
     pub max_run_ms: u64,
 }
@@ -71,6 +73,10 @@ impl Config {
             vcpu_overcommit: settings.number("WRENN_VCPU_OVERCOMMIT")?,
             disk_overcommit: settings.number("WRENN_DISK_OVERCOMMIT")?,
             hibernate_after_ms: settings.number("WRENN_HIBERNATE_AFTER_SEC")? * 1000,
+            disk_limits: DiskLimits {
+                bytes_per_sec: settings.number("WRENN_DISK_BYTES_PER_SEC")?,
+                ops_per_sec: settings.number("WRENN_DISK_OPS_PER_SEC")?,
+            },
             max_run_ms: settings.number("WRENN_MAX_RUN_SEC")? * 1000,
         })
     }
@@ -136,6 +142,7 @@ mod tests {
         assert_eq!((config.slots.0.index(), config.slots.1.index()), (1, 65_534));
         assert_eq!((config.vcpu_overcommit, config.disk_overcommit), (8, 8));
         assert_eq!((config.hibernate_after_ms, config.max_run_ms), (0, 0));
+        assert_eq!(config.disk_limits, DiskLimits::default());
         assert_eq!(config.vmm, Wanted::Auto);
         assert!(config.firecracker.firecracker.is_none() && !config.firecracker.without_jailer);
     }

@@ -14,7 +14,7 @@ use wrenn_agent::net::metadata::Endpoint;
 use wrenn_agent::net::{CapsuleNetwork, ENVD_PORT, Policy, Tap};
 use wrenn_agent::sys::pidfd::Exit;
 use wrenn_agent::vmm::qemu::Qemu;
-use wrenn_agent::vmm::{Event, Machine, MachineSpec};
+use wrenn_agent::vmm::{DiskLimits, Event, Machine, MachineSpec};
 
 const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=1 mitigations=off tsc=reliable no_timer_check reboot=t panic=-1 \
@@ -80,6 +80,7 @@ impl Capsule {
             initramfs: Some(files.initramfs.clone()),
             command_line: command_line.into(),
             disks: vec![self.disk.image()],
+            disk_limits: DiskLimits::default(),
             guest_mac: self.network.slot().guest_mac(),
             metadata: serde_json::Value::Null,
             uid: FIRST_UID + self.network.slot().index(),

@@ -33,3 +33,8 @@ fn a_capsule_hibernates_and_goes_on_where_it_was() {
 fn capsules_start_from_a_snapshot_where_it_was_and_are_apart() {
     lifecycle::capsules_start_from_a_snapshot_where_it_was_and_are_apart();
 }
+
+#[test]
+fn what_a_capsule_does_to_its_disk_has_limits() {
+    lifecycle::what_a_capsule_does_to_its_disk_has_limits();
+}

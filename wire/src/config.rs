@@ -291,6 +291,20 @@ pub const VARIABLES: &[Variable] = &[
         "how many times over free disk space is promised to capsules",
     ),
     variable(
+        "WRENN_DISK_BYTES_PER_SEC",
+        Program::Agent,
+        Kind::Number { min: 0, max: 1_000_000_000_000 },
+        Some("0"),
+        "how many bytes a second a capsule may read from and write to its disk; 0 for as many as there are",
+    ),
+    variable(
+        "WRENN_DISK_OPS_PER_SEC",
+        Program::Agent,
+        Kind::Number { min: 0, max: 1_000_000_000 },
+        Some("0"),
+        "how many requests a second a capsule may make to its disk; 0 for as many as there are",
+    ),
+    variable(
         "WRENN_HIBERNATE_AFTER_SEC",
         Program::Agent,
         Kind::Number { min: 0, max: 31_536_000 },

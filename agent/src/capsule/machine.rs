@@ -70,6 +70,7 @@ impl Capsule {
             initramfs: Some(ctx.host.kernel.initramfs.clone()),
             command_line: command_line(&self.spec, dns),
             disks: vec![disk.image()],
+            disk_limits: ctx.host.config.disk_limits,
             guest_mac: network.slot().guest_mac(),
             metadata: document,
             uid: self.record.uid,

@@ -204,6 +204,15 @@ pub struct Restore {
     pub is_own: bool,
 }
 
+/// How much a machine may read from and write to all its disks; 0 for as much as there is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DiskLimits {
+    /// Bytes a second.
+    pub bytes_per_sec: u64,
+    /// Requests a second.
+    pub ops_per_sec: u64,
+}
+
 /// What a machine is to be like. Nothing in it but the metadata is secret: all of it can be read in the list
 /// of processes.
 #[derive(Debug, Clone)]
@@ -224,6 +233,8 @@ pub struct MachineSpec {
     pub command_line: String,
     /// Its disks; the first is the guest's /dev/vda.
     pub disks: Vec<DiskImage>,
+    /// How fast it may use them.
+    pub disk_limits: DiskLimits,
     /// The guest's Ethernet address.
     pub guest_mac: MacAddress,
     /// What the metadata service tells the guest, where the VMM [serves](Kind::serves_metadata) it.
@@ -290,6 +301,7 @@ mod tests {
             initramfs: None,
             command_line: String::new(),
             disks: Vec::new(),
+            disk_limits: DiskLimits::default(),
             guest_mac: MacAddress([2, 0, 0, 0, 0, 1]),
             uid: 100_001,
             gid: 100_001,

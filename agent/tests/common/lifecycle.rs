@@ -197,6 +197,46 @@ fn it_may_run_only_so_long(place: &Place, agent: Agent, ping: &CapsulePing) {
     assert_eq!(place.remains(), Vec::<String>::new());
 }
 
+/// How long a guest takes for what needs about three seconds with these limits, and next to none without.
+const BYTES_PER_SEC: &str = "16777216";
+const OPS_PER_SEC: &str = "500";
+const WRITING: &str = "dd if=/dev/zero of=/tmp/file bs=1M count=64 conv=fsync 2>&1";
+const READING: &str = "dd if=/tmp/file of=/dev/null bs=4k count=2000 iflag=direct 2>&1";
+/// What it takes at the least: a second's worth may go at once.
+const AT_LEAST: Duration = Duration::from_secs(2);
+
+pub fn what_a_capsule_does_to_its_disk_has_limits() {
+    let Some(guest) = guest_directory() else { return };
+    let place = Place::with_guest(7, &guest);
+    let agent = Agent::start_with(&place, |command| {
+        command.env("WRENN_DISK_BYTES_PER_SEC", BYTES_PER_SEC).env("WRENN_DISK_OPS_PER_SEC", OPS_PER_SEC);
+    });
+    let mut cp = agent.client();
+    let request = CapsuleCreate { disk_size_mb: 1_024, ..creation("cl-slow") };
+    let _: CapsuleInfo = cp.ask(&request).expect("created");
+    for round in ["as it was made", "resumed"] {
+        for command in [WRITING, READING] {
+            let begun = Instant::now();
+            let said = shell(&mut cp, "cl-slow", command);
+            assert!(begun.elapsed() >= AT_LEAST, "{round}: {said}");
+        }
+        if round != "resumed" {
+            pause(&mut cp, "cl-slow").expect("paused");
+            resume(&mut cp, "cl-slow").expect("resumed");
+        }
+    }
+    // An agent with other settings: from the next resume on.
+    assert!(agent.hand_over().success());
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    pause(&mut cp, "cl-slow").expect("paused");
+    resume(&mut cp, "cl-slow").expect("resumed");
+    let said = shell(&mut cp, "cl-slow", READING);
+    eprintln!("without a limit: {said}");
+    cp.destroy("cl-slow").expect("destroyed");
+    assert_eq!(place.remains(), Vec::<String>::new());
+}
+
 fn wait_for_state(cp: &mut Client, id: &str, state: CapsuleState) {
     let end = Instant::now() + Duration::from_secs(60);
     while get(cp, id).state != state {

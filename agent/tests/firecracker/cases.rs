@@ -14,7 +14,7 @@ use wrenn_agent::sys::pidfd::Exit;
 use wrenn_agent::vmm::firecracker::{Firecracker, Programs};
 use wrenn_agent::vmm::image::clean;
 use wrenn_agent::vmm::probe::KvmAccess;
-use wrenn_agent::vmm::{Event, Image, Kind, Machine, MachineSpec, Pump, VmmError, Wanted};
+use wrenn_agent::vmm::{DiskLimits, Event, Image, Kind, Machine, MachineSpec, Pump, VmmError, Wanted};
 
 pub const CASES: &[(&str, fn())] = &[
     ("the double takes nothing out of order or shape", the_double_takes_nothing_out_of_order_or_shape),
@@ -96,6 +96,7 @@ impl Capsule {
             initramfs: Some(self.path("initramfs.img")),
             command_line: "console=ttyS0".into(),
             disks: vec![disk],
+            disk_limits: DiskLimits { bytes_per_sec: 1 << 20, ops_per_sec: 0 },
             guest_mac: self.network.slot().guest_mac(),
             metadata: json!({"instanceID": "cap-test", "accessTokenHash": "x"}),
             uid: self.uid(),
@@ -198,6 +199,11 @@ fn the_double_takes_nothing_out_of_order_or_shape() {
         ("/machine-config", r#"{"vcpu_count":64,"mem_size_mib":128}"#, "`vcpu_count` cannot be 64"),
         ("/entropy", r#"{"speed":1}"#, "unknown field"),
         ("/drive/disk1", "{}", "Invalid request method"),
+        (
+            "/drives/disk1",
+            r#"{"drive_id":"disk1","is_root_device":false,"rate_limiter":{"size":1}}"#,
+            "unknown field",
+        ),
         ("/balloon", "[]", "no object"),
         ("/balloon", "{", "no JSON"),
     ] {
@@ -205,6 +211,11 @@ fn the_double_takes_nothing_out_of_order_or_shape() {
         assert!(refused.contains(why), "{path}: {refused}");
     }
     machine.stand_still().expect("stood still");
+    for (id, why) in [("disk0", "is not the id in the body"), ("disk1", "Invalid block device")] {
+        let body = r#"{"drive_id":"disk1","rate_limiter":{}}"#;
+        let refused = ask(&jail, "PATCH", &format!("/drives/{id}"), body).expect_err("refused");
+        assert!(refused.contains(why), "{id}: {refused}");
+    }
     let diff = r#"{"snapshot_path":"s","mem_file_path":"m","snapshot_type":"Diff"}"#;
     let refused = ask(&jail, "PUT", "/snapshot/create", diff).expect_err("refused");
     assert!(refused.contains("dirty page tracking"), "{refused}");
@@ -212,6 +223,13 @@ fn the_double_takes_nothing_out_of_order_or_shape() {
     end(machine);
     capsule.remove();
     check.check();
+}
+
+/// A second's worth of bytes, and no limit of requests.
+const LIMITS: &str = r#"{"bandwidth":{"refill_time":1000,"size":1048576},"ops":{"refill_time":0,"size":0}}"#;
+
+fn limits(capsule: &Capsule) -> String {
+    fs::read_to_string(capsule.jail().join("limits")).expect("told")
 }
 
 fn a_machine_boots_in_its_jail() {
@@ -233,6 +251,7 @@ fn a_machine_boots_in_its_jail() {
     assert_ne!(namespace(&pid.to_string()), namespace("self"));
     assert!(fs::read(format!("/proc/{pid}/environ")).expect("readable by root").is_empty());
     assert_eq!(fs::read(capsule.jail().join("told")).expect("told"), spec.metadata.to_string().as_bytes());
+    assert_eq!(limits(&capsule), LIMITS);
     // The disk is its own, and the kernel is not there any more.
     assert_eq!(fs::metadata(capsule.path("disk.raw")).expect("there").uid(), capsule.uid());
     assert!(!capsule.jail().join("kernel").exists() && capsule.path("vmlinux").exists());

@@ -95,8 +95,15 @@ type Shape = &'static [(&'static str, bool, Is)];
 const BACKEND: Shape =
     &[("backend_type", true, Is::OneOf(&["File", "Uffd"])), ("backend_path", true, Is::Text)];
 
+const BUCKET: Shape = &[
+    ("size", true, Is::Number(0, i64::MAX as u64)),
+    ("refill_time", true, Is::Number(0, i64::MAX as u64)),
+    ("one_time_burst", false, Is::Number(0, i64::MAX as u64)),
+];
+const RATE_LIMITER: Shape = &[("bandwidth", false, Is::Object(BUCKET)), ("ops", false, Is::Object(BUCKET))];
+
 /// The bodies that the description has, for the requests that the driver makes.
-const SHAPES: [(&str, &str, Shape); 14] = [
+const SHAPES: [(&str, &str, Shape); 15] = [
     ("PUT", "/metrics", &[("metrics_path", true, Is::Text)]),
     (
         "PUT",
@@ -141,6 +148,16 @@ const SHAPES: [(&str, &str, Shape); 14] = [
             ("partuuid", false, Is::Text),
             ("cache_type", false, Is::OneOf(&["Unsafe", "Writeback"])),
             ("io_engine", false, Is::OneOf(&["Sync", "Async"])),
+            ("rate_limiter", false, Is::Object(RATE_LIMITER)),
+        ],
+    ),
+    (
+        "PATCH",
+        "/drives/",
+        &[
+            ("drive_id", true, Is::Text),
+            ("path_on_host", false, Is::Text),
+            ("rate_limiter", false, Is::Object(RATE_LIMITER)),
         ],
     ),
     (
@@ -268,11 +285,11 @@ impl Machine {
             check(shape, &body)?;
         }
         let text = |name: &str| body[name].as_str().unwrap_or_default().to_owned();
-        let before_start = !matches!(*kind, "/snapshot/create" | "/vm" | "/mmds");
-        if before_start && self.state != State::NotStarted {
+        let after_start = method == "PATCH" || *kind == "/snapshot/create";
+        if !after_start && *kind != "/mmds" && self.state != State::NotStarted {
             return Err("The requested operation is not supported after starting the microVM.".into());
         }
-        if matches!(*kind, "/snapshot/create" | "/vm") && self.state == State::NotStarted {
+        if after_start && self.state == State::NotStarted {
             return Err("The requested operation is not supported before starting the microVM.".into());
         }
         match *kind {
@@ -302,7 +319,14 @@ impl Machine {
                 if path != format!("/drives/{}", text("drive_id")) {
                     return Err("the id in the path is not the id in the body".into());
                 }
-                open(&text("path_on_host"), body["is_read_only"] != true)?;
+                if method == "PATCH" && !self.configured.contains(path) {
+                    return Err(format!("Invalid block device ID: {}", text("drive_id")));
+                }
+                if body["path_on_host"].is_string() {
+                    open(&text("path_on_host"), body["is_read_only"] != true)?;
+                }
+                // What the guest would feel, for the tests to read.
+                fs::write("limits", body["rate_limiter"].to_string()).map_err(|e| e.to_string())?;
             }
             "/network-interfaces/" => {
                 if path != format!("/network-interfaces/{}", text("iface_id")) {
@@ -377,6 +401,7 @@ impl Machine {
         }
         self.tap = Some(attach("tap0")?);
         open("disk0", true)?;
+        self.configured.insert("/drives/disk0".into());
         self.tracks_changes = body["track_dirty_pages"] == true;
         self.changed.clear();
         self.has_metadata_service = true;

@@ -30,6 +30,7 @@ pub const CASES: &[Case] = &[
     ("firecracker: agents", |_| in_firecracker(lifecycle::a_paused_capsule_survives_its_agent)),
     ("firecracker: failures", |_| in_firecracker(lifecycle::what_fails_leaves_a_capsule_as_it_was)),
     ("firecracker: idling", |_| in_firecracker(lifecycle::an_idle_capsule_is_paused_unless_somebody_pings)),
+    ("firecracker: disk", |_| in_firecracker(lifecycle::what_a_capsule_does_to_its_disk_has_limits)),
     ("firecracker: hibernates", |_| in_firecracker(lifecycle::a_capsule_hibernates_and_goes_on_where_it_was)),
     ("firecracker: snapshots", |_| {
         in_firecracker(lifecycle::capsules_start_from_a_snapshot_where_it_was_and_are_apart);

@@ -265,13 +265,14 @@ fn configure(machine: &mut Machine, spec: &MachineSpec) -> Result<(), VmmError> 
     instance.call(&requests::log())?;
     instance.call(&requests::metrics())?;
     let requests = match &spec.restore {
-        Some(_) => requests::load(&spec.metadata, instance.knows_changes),
+        Some(_) => requests::load(&spec.metadata, instance.knows_changes, spec.disks.len(), spec.disk_limits),
         None => requests::boot(&Boot {
             vcpus: spec.vcpus,
             memory_mb: spec.memory_mb,
             command_line: &spec.command_line,
             has_initramfs: spec.initramfs.is_some(),
             disks: spec.disks.len(),
+            disk_limits: spec.disk_limits,
             guest_mac: spec.guest_mac,
             metadata: &spec.metadata,
         }),

@@ -3,6 +3,7 @@
 
 use crate::net::MacAddress;
 use crate::net::tap;
+use crate::vmm::DiskLimits;
 use serde_json::{Value, json};
 
 /// The files in the machine's root.
@@ -21,6 +22,9 @@ pub const STATE: &str = "state";
 pub const NEW_MEMORY: &str = "memory.new";
 /// The state of a machine that is saved.
 pub const NEW_STATE: &str = "state.new";
+
+/// In what time a limit's bucket is full again, in milliseconds: what it holds is a second's worth.
+const REFILL_MS: u64 = 1_000;
 
 /// The one network interface.
 const INTERFACE: &str = "eth0";
@@ -60,6 +64,8 @@ pub struct Boot<'a> {
     pub has_initramfs: bool,
     /// How many disks there are.
     pub disks: usize,
+    /// How fast they may be used.
+    pub disk_limits: DiskLimits,
     /// The guest's Ethernet address.
     pub guest_mac: MacAddress,
     /// What the guest is told about itself.
@@ -103,6 +109,7 @@ pub fn boot(boot: &Boot<'_>) -> Vec<Request> {
             // What a guest has written out is written out.
             "cache_type": "Writeback",
             "io_engine": "Sync",
+            "rate_limiter": rate_limiter(boot.disk_limits),
         });
         requests.push(put(format!("/drives/{name}"), "taking a disk", drive));
     }
@@ -123,9 +130,15 @@ pub fn boot(boot: &Boot<'_>) -> Vec<Request> {
     requests
 }
 
+/// A bucket of size 0 is none.
+fn rate_limiter(limits: DiskLimits) -> Value {
+    let bucket = |size: u64| json!({"size": size, "refill_time": if size == 0 { 0 } else { REFILL_MS }});
+    json!({"bandwidth": bucket(limits.bytes_per_sec), "ops": bucket(limits.ops_per_sec)})
+}
+
 /// All requests that make a machine of one that was saved, standing still. With `track_changes` it can be
 /// asked later for what has changed.
-pub fn load(document: &Value, track_changes: bool) -> Vec<Request> {
+pub fn load(document: &Value, track_changes: bool, disks: usize, limits: DiskLimits) -> Vec<Request> {
     let body = json!({
         "snapshot_path": STATE,
         "mem_backend": {"backend_type": "File", "backend_path": MEMORY},
@@ -133,7 +146,14 @@ pub fn load(document: &Value, track_changes: bool) -> Vec<Request> {
         "resume_vm": false,
     });
     // What the metadata service tells is not in what was saved.
-    vec![put("/snapshot/load", "taking the saved machine", body), metadata(document)]
+    let mut requests = vec![put("/snapshot/load", "taking the saved machine", body), metadata(document)];
+    // The limits are, those of then.
+    requests.extend((0..disks).map(|index| {
+        let name = disk_name(index);
+        let body = json!({"drive_id": name, "rate_limiter": rate_limiter(limits)});
+        Request { method: "PATCH", path: format!("/drives/{name}"), body, step: "limiting a disk" }
+    }));
+    requests
 }
 
 fn metadata(document: &Value) -> Request {
@@ -169,6 +189,7 @@ mod tests {
             command_line: "console=ttyS0",
             has_initramfs: true,
             disks: 1,
+            disk_limits: DiskLimits { bytes_per_sec: 1 << 20, ops_per_sec: 0 },
             guest_mac: MacAddress([2, 0xfc, 0, 0, 0, 7]),
             metadata: &document,
         });
@@ -189,17 +210,23 @@ mod tests {
         );
         assert!(requests.iter().all(|r| r.method == "PUT"));
         assert_eq!(requests[1].body["initrd_path"], "initramfs");
+        let limiter = json!({"bandwidth": {"size": 1_048_576, "refill_time": 1_000},
+                             "ops": {"size": 0, "refill_time": 0}});
+        assert_eq!(requests[2].body["rate_limiter"], limiter);
         assert_eq!(requests[3].body["guest_mac"], "02:fc:00:00:00:07");
         assert_eq!(requests[5].body, document);
     }
 
     #[test]
     fn a_saved_machine_is_loaded_before_it_is_told_who_it_is() {
-        let requests = load(&json!({"instanceID": "cl-2"}), true);
+        let limits = DiskLimits { bytes_per_sec: 0, ops_per_sec: 100 };
+        let requests = load(&json!({"instanceID": "cl-2"}), true, 1, limits);
         assert_eq!(requests[0].path, "/snapshot/load");
         assert_eq!(requests[0].body["resume_vm"], false);
         assert_eq!(requests[0].body["track_dirty_pages"], true);
         assert_eq!(requests[1].path, "/mmds");
+        assert_eq!((requests[2].method, requests[2].path.as_str()), ("PATCH", "/drives/disk0"));
+        assert_eq!(requests[2].body["rate_limiter"]["ops"]["size"], 100);
         assert_eq!(save(true).body["snapshot_type"], "Diff");
         assert_eq!(save(false).body["snapshot_type"], "Full");
         assert_eq!(

@@ -5,6 +5,7 @@
 use super::Accelerator;
 use crate::disk::Format;
 use crate::net::MacAddress;
+use crate::vmm::DiskLimits;
 use serde_json::{Value, json};
 use std::os::fd::RawFd;
 
@@ -18,6 +19,9 @@ pub(super) const TRANSLATION_CACHE_MB: u32 = 256;
 /// Without what a server has no use for, firmware and guest have less to look for.
 const MACHINE: &str = "q35,memory-backend=memory,usb=off,vmport=off,smbus=off,sata=off,i8042=off,\
                        suppress-vmdesc=on";
+
+/// The group of limits that all disks are in.
+const DISK_LIMITS: &str = "disk-limits";
 
 /// What QEMU may not do, once it runs, by seccomp.
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
@@ -48,6 +52,7 @@ pub(super) struct Inputs<'a> {
     pub monitor: RawFd,
     pub console: RawFd,
     pub disks: &'a [DiskFds],
+    pub disk_limits: DiskLimits,
 }
 
 /// The arguments, without the program's name.
@@ -58,9 +63,13 @@ pub(super) fn arguments(inputs: &Inputs<'_>) -> Vec<String> {
         Some(state) => restore(&mut arguments, state),
         None => boot(&mut arguments, inputs),
     }
+    let is_limited = inputs.disk_limits != DiskLimits::default();
+    if is_limited {
+        limit_disks(&mut arguments, inputs.disk_limits);
+    }
     let mut next_set = 1;
     for (index, disk) in inputs.disks.iter().enumerate() {
-        add_disk(&mut arguments, index, disk, &mut next_set);
+        add_disk(&mut arguments, index, disk, is_limited, &mut next_set);
     }
     devices(&mut arguments, inputs);
     arguments.0
@@ -147,8 +156,15 @@ fn devices(arguments: &mut Arguments, inputs: &Inputs<'_>) {
     arguments.add("-serial", "chardev:console");
 }
 
+/// What all disks together may do; 0 is QEMU's word for no limit as well.
+fn limit_disks(arguments: &mut Arguments, limits: DiskLimits) {
+    let limits = json!({"bps-total": limits.bytes_per_sec, "iops-total": limits.ops_per_sec});
+    let group = json!({"qom-type": "throttle-group", "id": DISK_LIMITS, "limits": limits});
+    arguments.add("-object", group.to_string());
+}
+
 /// A disk as a graph of block nodes, the device's node named `disk{index}`.
-fn add_disk(arguments: &mut Arguments, index: usize, disk: &DiskFds, next_set: &mut u32) {
+fn add_disk(arguments: &mut Arguments, index: usize, disk: &DiskFds, is_limited: bool, next_set: &mut u32) {
     let name = format!("disk{index}");
     let mut set = |arguments: &mut Arguments, fd: RawFd| {
         arguments.add("-add-fd", format!("fd={fd},set={next_set}"));
@@ -162,17 +178,23 @@ fn add_disk(arguments: &mut Arguments, index: usize, disk: &DiskFds, next_set: &
     let file = json!({"driver": driver, "filename": set(arguments, disk.file), "discard": "unmap"});
     let node = match disk.format {
         Format::Raw | Format::Device => {
-            json!({"node-name": name, "driver": "raw", "discard": "unmap", "file": file})
+            json!({"driver": "raw", "discard": "unmap", "file": file})
         }
         Format::Qcow2 => {
             let backing = disk.backing.map(|fd| {
                 let file = json!({"driver": "file", "filename": set(arguments, fd), "read-only": true});
                 json!({"driver": "raw", "read-only": true, "file": file})
             });
-            json!({"node-name": name, "driver": "qcow2", "discard": "unmap", "file": file,
-                   "backing": backing.unwrap_or(Value::Null)})
+            json!({"driver": "qcow2", "discard": "unmap", "file": file, "backing": backing.unwrap_or(Value::Null)})
         }
     };
+    let mut node = match is_limited {
+        true => {
+            json!({"driver": "throttle", "throttle-group": DISK_LIMITS, "discard": "unmap", "file": node})
+        }
+        false => node,
+    };
+    node["node-name"] = name.as_str().into();
     arguments.add("-blockdev", node.to_string());
     arguments.add("-device", format!("virtio-blk-pci,drive={name},disable-legacy=on"));
 }
@@ -211,6 +233,7 @@ mod tests {
             monitor: 14,
             console: 15,
             disks,
+            disk_limits: DiskLimits::default(),
         }
     }
 
@@ -251,6 +274,25 @@ mod tests {
         let devices = values(&arguments, "-device");
         assert!(devices[0].contains("drive=disk0") && devices[1].contains("drive=disk1"));
         assert!(devices[3].contains("mac=02:fc:01:00:00:07") && devices[3].ends_with("romfile="));
+    }
+
+    #[test]
+    fn all_disks_share_their_limits() {
+        let disk = DiskFds { format: Format::Raw, file: 20, backing: None };
+        let limits = DiskLimits { bytes_per_sec: 1 << 20, ops_per_sec: 0 };
+        let disks = [disk, DiskFds { file: 21, ..disk }];
+        let arguments =
+            arguments(&Inputs { disk_limits: limits, ..inputs(Accelerator::Tcg { qboot: true }, &disks) });
+        let group: Value = serde_json::from_str(values(&arguments, "-object")[1]).expect("an object");
+        assert_eq!(group["limits"], json!({"bps-total": 1_048_576, "iops-total": 0}));
+        for (index, node) in values(&arguments, "-blockdev").iter().enumerate() {
+            let node: Value = serde_json::from_str(node).expect("an object");
+            assert_eq!(
+                (&node["driver"], &node["node-name"]),
+                (&"throttle".into(), &format!("disk{index}").into())
+            );
+            assert_eq!((&node["throttle-group"], &node["file"]["driver"]), (&group["id"], &"raw".into()));
+        }
     }
 
     #[test]

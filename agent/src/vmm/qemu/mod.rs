@@ -165,6 +165,7 @@ impl Qemu {
             monitor: listeners.monitor.as_raw_fd(),
             console: listeners.console.as_raw_fd(),
             disks: &disk_fds,
+            disk_limits: spec.disk_limits,
         });
         let mut inherit = vec![kernel.as_fd(), memory.as_fd(), tap.as_fd()];
         inherit.extend(state);
