@@ -41,6 +41,8 @@ pub struct Confinement<'a> {
     pub ends_with_us: bool,
     /// Whether processors and disks are for everybody else first.
     pub in_background: bool,
+    /// Whether it gets memory by small pages only, even where it asks for huge ones.
+    pub small_pages: bool,
 }
 
 /// Starts `command`, confined, in a session of its own, without core dumps (they would hold a guest's
@@ -59,6 +61,7 @@ pub fn spawn(command: &mut Command, confinement: &Confinement<'_>) -> io::Result
         group_count: confinement.groups.len(),
         ends_with_us: confinement.ends_with_us,
         in_background: confinement.in_background,
+        small_pages: confinement.small_pages,
         inherit: confinement.inherit.iter().map(|fd| fd.as_raw_fd()).collect(),
     };
     // SAFETY: `apply` makes system calls only and neither allocates nor takes a lock, as a hook between
@@ -76,6 +79,7 @@ struct ChildSetup {
     group_count: usize,
     ends_with_us: bool,
     in_background: bool,
+    small_pages: bool,
     inherit: Vec<RawFd>,
 }
 
@@ -108,6 +112,9 @@ impl ChildSetup {
             if self.in_background {
                 super::check(libc::setpriority(libc::PRIO_PROCESS, 0, LOWEST_PRIORITY))?;
                 super::check(libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, IOPRIO_IDLE))?;
+            }
+            if self.small_pages {
+                super::check(libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0))?;
             }
             // On exec, not now: the standard library still has a pipe to tell us of a failure.
             let close_on_exec = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;
@@ -142,6 +149,20 @@ mod tests {
         let [.., session, pid, core] = lines[..] else { return Err(io::ErrorKind::InvalidData.into()) };
         assert_eq!(session, pid);
         assert_eq!(core, "0");
+        Ok(())
+    }
+
+    #[test]
+    fn a_program_gets_small_pages_where_that_is_wanted() -> io::Result<()> {
+        for (small_pages, expected) in [(true, "THP_enabled:\t0"), (false, "THP_enabled:\t1")] {
+            let mut command = Command::new("/bin/cat");
+            command.arg("/proc/self/status").stdin(Stdio::null()).stdout(Stdio::piped());
+            let child = spawn(&mut command, &Confinement { small_pages, ..Confinement::default() })?;
+            let output = String::from_utf8_lossy(&child.wait_with_output()?.stdout).into_owned();
+            // Kernels without huge pages have no such line.
+            let told = output.lines().find(|line| line.starts_with("THP_enabled:"));
+            assert!(told.is_none_or(|line| line == expected), "{told:?} in place of {expected}");
+        }
         Ok(())
     }
 

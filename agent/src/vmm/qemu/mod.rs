@@ -204,7 +204,18 @@ impl Qemu {
         };
         let identity = Some(Identity { uid: spec.uid, gid: spec.gid });
         let group = group.map(AsFd::as_fd);
-        Confinement { namespace: Some(namespace), group, identity, groups, inherit, ..Confinement::default() }
+        // QEMU asks for huge pages for translated code, of which each machine then has some for nothing; that
+        // they take long to clear is more than they make up for. With KVM they are for the guest's memory.
+        let small_pages = !self.uses_kvm();
+        Confinement {
+            namespace: Some(namespace),
+            group,
+            identity,
+            groups,
+            inherit,
+            small_pages,
+            ..Confinement::default()
+        }
     }
 }
 

@@ -259,17 +259,17 @@ fn clones(host: &mut Host, floor: Duration, idle_kb: u64) -> Result<()> {
     }
     tell("clone, each of 20", percentile(&mut times, 0.5), "bare restore", floor);
     tell("  to a guest that runs", percentile(&mut restored, 0.5), "bare restore", floor);
-    let mut over_kb = Vec::new();
-    for id in &ids {
-        over_kb.push(Memory::of(machine(id)?)?.over_kb());
-    }
-    over_kb.sort_unstable();
-    let (median, most) = (over_kb[CLONES / 2], over_kb[CLONES - 1]);
+    let mut memories = ids.iter().map(|id| Memory::of(machine(id)?)).collect::<Result<Vec<_>>>()?;
+    memories.sort_unstable_by_key(Memory::over_kb);
+    let (median, most) = (&memories[CLONES / 2], &memories[CLONES - 1]);
+    let mib = |kb: u64| kb as f64 / 1024.0;
     println!(
-        "{:<24} {:8.1} MiB over the guest's own pages (median of {CLONES}), at most {:.1} MiB",
+        "{:<24} {:8.1} MiB over the guest's own pages (median of {CLONES}), at most {:.1} MiB; {:.1} MiB of the \
+         median are translated code",
         "PSS of a clone",
-        median as f64 / 1024.0,
-        most as f64 / 1024.0
+        mib(median.over_kb()),
+        mib(most.over_kb()),
+        mib(median.code_kb)
     );
     let all_kb = host.resident_kb()?;
     let each = all_kb.saturating_sub(first_kb) / (CLONES as u64 - 1);
@@ -303,6 +303,8 @@ struct Memory {
     pss_kb: u64,
     /// Pages of its guest's memory that nobody else has, in KiB.
     own_kb: u64,
+    /// What it can write to and run, which a VMM that translates its guest's instructions has, in KiB.
+    code_kb: u64,
 }
 
 impl Memory {
@@ -316,7 +318,12 @@ impl Memory {
         let pss_kb = pss.filter_map(|v| v.split_whitespace().next()?.parse::<u64>().ok()).sum();
         let size = format!("{} kB", MEMORY_MB * 1024);
         let memory = smaps.split("\nSize:").find(|mapping| mapping.trim_start().starts_with(&size))?;
-        Some(Memory { pss_kb, own_kb: kilobytes(memory, "Anonymous:")? })
+        // A mapping's first line has its addresses and what may be done with it, proc(5).
+        let is_code = |line: &str| line.split(' ').nth(1).is_some_and(|mode| mode.starts_with("rwx"));
+        let lines: Vec<&str> = smaps.lines().collect();
+        let code = lines.iter().enumerate().filter(|(_, line)| is_code(line));
+        let code_kb = code.filter_map(|(at, _)| kilobytes(&lines[at + 1..].join("\n"), "Rss:")).sum();
+        Some(Memory { pss_kb, own_kb: kilobytes(memory, "Anonymous:")?, code_kb })
     }
 
     fn over_kb(&self) -> u64 {
@@ -332,9 +339,10 @@ mod tests {
     fn memory_is_read_from_smaps() {
         let smaps = "7f00-7f01 rw-p 0 00:01 5 /memfd:snapshot memory (deleted)\nSize:             262144 kB\n\
                      Rss: 900 kB\nPss:  500 kB\nAnonymous:   300 kB\nVmFlags: rd\n\
-                     5500-5501 r-xp 0 00:01 5 /qemu\nSize:  40 kB\nPss:  7 kB\nAnonymous:  0 kB\n";
+                     5400-5401 rwxp 0 00:00 0\nSize:  80 kB\nRss:  60 kB\nPss:  60 kB\nAnonymous:  60 kB\n\
+                     5500-5501 r-xp 0 00:01 5 /qemu\nSize:  40 kB\nRss: 40 kB\nPss:  7 kB\nAnonymous:  0 kB\n";
         let memory = Memory::parse(smaps).expect("complete");
-        assert_eq!((memory.pss_kb, memory.own_kb, memory.over_kb()), (507, 300, 207));
+        assert_eq!((memory.pss_kb, memory.own_kb, memory.over_kb(), memory.code_kb), (567, 300, 267, 60));
         assert!(Memory::parse("Pss: 3 kB\n").is_none());
     }
 }
