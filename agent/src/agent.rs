@@ -5,6 +5,7 @@
 
 use crate::capsule::lifecycle::{Action, Event as LifeEvent, Goal};
 use crate::capsule::record::Record;
+use crate::capsule::table::Table;
 use crate::capsule::{
     Capsule, CapsuleKey, CapsuleTimer, GuestLink, LeftPaused, LeftRunning, Source as CapsuleSource, Spec,
 };
@@ -69,10 +70,9 @@ pub struct Agent {
     pub peers: BTreeMap<PeerId, Peer>,
     pub(crate) next_peer: PeerId,
     /// All capsules.
-    pub capsules: BTreeMap<CapsuleKey, Capsule>,
+    pub capsules: Table<Capsule>,
     /// Their keys by id.
     pub ids: BTreeMap<String, CapsuleKey>,
-    next_capsule: CapsuleKey,
     pub(crate) dirty: BTreeSet<Dirty>,
     /// Streams that have to be tried again, see [`wire::splice::Flow::Stalled`].
     pub stalled: BTreeSet<(PeerId, StreamId)>,
@@ -116,9 +116,8 @@ impl Agent {
             decoy_key: random_bytes(),
             peers: BTreeMap::new(),
             next_peer: 1,
-            capsules: BTreeMap::new(),
+            capsules: Table::default(),
             ids: BTreeMap::new(),
-            next_capsule: 1,
             dirty: BTreeSet::new(),
             stalled: BTreeSet::new(),
             listener_ready: true,
@@ -381,11 +380,10 @@ impl Agent {
 
     /// A new capsule, not yet begun.
     pub fn insert_capsule(&mut self, make: impl FnOnce(CapsuleKey) -> Capsule) -> CapsuleKey {
-        let key = self.next_capsule;
-        self.next_capsule += 1;
-        let capsule = make(key);
-        self.ids.insert(capsule.spec.id.clone(), key);
-        self.capsules.insert(key, capsule);
+        let key = self.capsules.insert(make);
+        if let Some(capsule) = self.capsules.get(&key) {
+            self.ids.insert(capsule.spec.id.clone(), key);
+        }
         key
     }
 

@@ -14,6 +14,7 @@
 //! - [`limits`]: what its processes may use of the host
 //! - [`metadata`]: the guest's metadata service
 //! - [`record`]: what a capsule owns
+//! - [`table`]: all capsules, by their numbers in this run of the agent
 //! - [`journal`]: what was intended and done, on disk
 //! - [`recovery`]: going on with what an agent before this one has left, and clearing away the rest
 
@@ -26,6 +27,7 @@ pub mod metadata;
 pub mod record;
 pub mod recovery;
 pub mod spec;
+pub mod table;
 
 mod executor;
 mod guest;

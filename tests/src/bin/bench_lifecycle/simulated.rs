@@ -1,12 +1,13 @@
 //! What deciding costs, as the number of capsules grows: the agent's own state machine and timers, with a
 //! world that does at once what it is told.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 use wire::message::CapsuleState;
 use wire::reactor::Timers;
 use wrenn_agent::capsule::failure::Failure;
 use wrenn_agent::capsule::lifecycle::{Action, Event, Lifecycle, Part};
+use wrenn_agent::capsule::table::Table;
 use wrenn_tests::percentile;
 
 const SIZES: [u64; 3] = [10, 100, 1_000];
@@ -19,7 +20,7 @@ const IDLE_MS: u64 = 600_000;
 /// Capsules that run, and the timers of all.
 #[derive(Default)]
 struct World {
-    capsules: BTreeMap<u64, Lifecycle>,
+    capsules: Table<Lifecycle>,
     timers: Timers<u64>,
     now_ms: u64,
 }
@@ -39,7 +40,7 @@ impl World {
                     Action::Remove(part) => events.push_back(Event::Removed(part)),
                     Action::Save => events.push_back(Event::Saved),
                     Action::Created | Action::Finished(_) => {
-                        self.timers.set(key, self.now_ms + IDLE_MS + key);
+                        self.timers.set(key, self.now_ms + IDLE_MS);
                     }
                     Action::Forget => {
                         self.capsules.remove(&key);
@@ -52,21 +53,26 @@ impl World {
         }
     }
 
-    fn create(&mut self, key: u64) {
-        self.capsules.insert(key, Lifecycle::new());
+    fn create(&mut self) -> u64 {
+        let key = self.capsules.insert(|_| Lifecycle::new());
         self.apply(key, Event::Create);
+        key
     }
 
     /// One life among the others: made, paused, resumed, destroyed.
-    fn live(&mut self, key: u64) {
+    fn live(&mut self) {
         self.now_ms += 1;
-        self.create(key);
+        let key = self.create();
         self.apply(key, Event::Pause);
-        assert_eq!(self.capsules[&key].state(), CapsuleState::Paused);
+        assert_eq!(self.state(key), Some(CapsuleState::Paused));
         self.apply(key, Event::Resume);
-        assert_eq!(self.capsules[&key].state(), CapsuleState::Running);
+        assert_eq!(self.state(key), Some(CapsuleState::Running));
         self.apply(key, Event::Destroy);
-        assert!(!self.capsules.contains_key(&key), "nothing is left of it");
+        assert_eq!(self.state(key), None, "nothing is left of it");
+    }
+
+    fn state(&self, key: u64) -> Option<CapsuleState> {
+        self.capsules.get(&key).map(Lifecycle::state)
     }
 }
 
@@ -74,22 +80,20 @@ impl World {
 struct Run {
     size: u64,
     world: World,
-    next: u64,
     batches: Vec<Duration>,
 }
 
 impl Run {
     fn new(size: u64) -> Run {
         let mut world = World::default();
-        (0..size).for_each(|key| world.create(key));
-        Run { size, world, next: size, batches: Vec::with_capacity(BATCHES) }
+        (0..size).for_each(|_| _ = world.create());
+        Run { size, world, batches: Vec::with_capacity(BATCHES) }
     }
 
     fn batch(&mut self) {
         let began = Instant::now();
         for _ in 0..LIVES {
-            self.world.live(self.next);
-            self.next += 1;
+            self.world.live();
         }
         self.batches.push(began.elapsed());
     }
