@@ -108,27 +108,39 @@ impl Watch {
             return Ok(());
         }
         let directory = open_directory(file::CURRENT, &name, libc::O_NOFOLLOW)?;
-        let mut names: Vec<CString> = Vec::new();
-        file::read_directory(&directory, |name| {
-            names.push(name.into());
-            true
-        })?;
-        for name in names {
-            let entry = match file::metadata_at(directory.raw(), &name, libc::AT_SYMLINK_NOFOLLOW) {
-                Ok(entry) => entry,
-                Err(e) if is_shortage(e) => return Err(e),
-                Err(_) => continue,
-            };
-            let inner = join(path, name.as_bytes());
-            if tell {
-                self.tell(CHANGE_MADE, inner.clone(), Vec::new(), entry.is_directory());
-            }
-            if entry.is_directory() {
-                match self.add_tree(&inner, depth + 1, tell) {
-                    // One that may not be read, or is gone already, is not watched.
-                    Ok(()) | Err(Errno(libc::EACCES | libc::ENOENT | libc::ENOTDIR)) => {}
-                    Err(e) => return Err(e),
+        // Only directories are held, of which no more can be watched: there may be any number of files.
+        let mut inner: Vec<Vec<u8>> = Vec::new();
+        let mut failed = None;
+        file::read_entries(&directory, |name, kind| {
+            let is_directory = match kind {
+                libc::DT_UNKNOWN => {
+                    match file::metadata_at(directory.raw(), name, libc::AT_SYMLINK_NOFOLLOW) {
+                        Ok(entry) => entry.is_directory(),
+                        Err(e) => {
+                            failed = Some(e).filter(|e| is_shortage(*e));
+                            return failed.is_none();
+                        }
+                    }
                 }
+                kind => kind == libc::DT_DIR,
+            };
+            let path = join(path, name.to_bytes());
+            if tell {
+                self.tell(CHANGE_MADE, path.clone(), Vec::new(), is_directory);
+            }
+            if is_directory {
+                inner.push(path);
+            }
+            inner.len() < MAX_DIRECTORIES
+        })?;
+        if let Some(e) = failed {
+            return Err(e);
+        }
+        for path in inner {
+            match self.add_tree(&path, depth + 1, tell) {
+                // One that may not be read, or is gone already, is not watched.
+                Ok(()) | Err(Errno(libc::EACCES | libc::ENOENT | libc::ENOTDIR)) => {}
+                Err(e) => return Err(e),
             }
         }
         Ok(())

@@ -202,9 +202,17 @@ pub fn space(path: &CStr) -> Result<(u64, u64), Errno> {
 const DIRECTORY_BUFFER: usize = 16 * 1024;
 /// `d_name` in `struct linux_dirent64` (include/linux/dirent.h).
 const NAME_OFFSET: usize = 19;
+/// And of its type.
+const TYPE_OFFSET: usize = 18;
 
 /// Calls `each` with the name of every entry but `.` and `..`, until it returns false.
 pub fn read_directory(fd: &Fd, mut each: impl FnMut(&CStr) -> bool) -> Result<(), Errno> {
+    read_entries(fd, |name, _| each(name))
+}
+
+/// As [`read_directory`], with each entry's type: `DT_DIR` and so on, `DT_UNKNOWN` where the file system does
+/// not say.
+pub fn read_entries(fd: &Fd, mut each: impl FnMut(&CStr, u8) -> bool) -> Result<(), Errno> {
     let mut buffer = alloc::vec![0u8; DIRECTORY_BUFFER];
     loop {
         // SAFETY: the buffer is writable for its length.
@@ -219,7 +227,7 @@ pub fn read_directory(fd: &Fd, mut each: impl FnMut(&CStr) -> bool) -> Result<()
                 return Err(Errno(libc::EIO));
             };
             let name = CStr::from_bytes_until_nul(&entry[NAME_OFFSET..]).map_err(|_| Errno(libc::EIO))?;
-            if name != c"." && name != c".." && !each(name) {
+            if name != c"." && name != c".." && !each(name, entry[TYPE_OFFSET]) {
                 return Ok(());
             }
             rest = &rest[length..];
