@@ -32,6 +32,8 @@ const DRAIN_MS: u64 = 100;
 const STALL_MS: u64 = 10_000;
 /// How long a pipe that could not be watched, for lack of memory, is left alone.
 const WATCH_AGAIN_MS: u64 = 50;
+/// How often output is moved on in one turn: whoever an ended process left behind may write without end.
+const MAX_MOVES: usize = 16;
 /// Pipes of ended processes that are read on, so that what they left running is not hit by SIGPIPE.
 const MAX_LEFT_OVER: usize = 256;
 
@@ -213,7 +215,8 @@ impl Supervisor {
     pub(super) fn advance(&mut self, id: ProcessKey, shell: &mut Shell<'_>) {
         let Some(process) = self.processes.get_mut(&id) else { return };
         let mut left_over = Vec::new();
-        loop {
+        // What is not moved then is heard of again, from epoll or the stream.
+        for _ in 0..MAX_MOVES {
             let mut moved = send_to_watchers(process, shell.connections);
             if !process.detached {
                 process.ring.forget_before(process.needed_from());
