@@ -68,6 +68,7 @@ fn snapshot_code(error: &SnapshotError) -> Code {
         SnapshotError::Exists(_) => Code::AlreadyExists,
         SnapshotError::TooMany => Code::ResourceExhausted,
         SnapshotError::OtherVmm { .. } => Code::InvalidState,
+        SnapshotError::Replaced(_) => Code::Unavailable,
     }
 }
 

@@ -34,6 +34,8 @@ const VERSION: u32 = 1;
 const MANIFEST: &str = "snapshot.json";
 const MAX_MANIFEST_BYTES: u64 = 65_536;
 const DISK: &str = "rootfs.ext4";
+/// A snapshot's disk in the directory of a capsule that was made of it.
+const LINKED_DISK: &str = "base.ext4";
 const NEW_PREFIX: &str = ".new-";
 /// The one generation of a snapshot's files.
 pub const GENERATION: u64 = 0;
@@ -84,6 +86,8 @@ pub enum SnapshotError {
     Exists(String),
     /// There are [`MAX_SNAPSHOTS`].
     TooMany,
+    /// Another has taken its place while a capsule was made of it.
+    Replaced(PathBuf),
     /// It was written by another VMM than this host has.
     OtherVmm {
         /// By which.
@@ -107,6 +111,10 @@ impl fmt::Display for SnapshotError {
             }
             SnapshotError::TooMany => {
                 write!(f, "this host has {MAX_SNAPSHOTS} snapshots already; delete one")
+            }
+            SnapshotError::Replaced(directory) => {
+                let name = directory.file_name().unwrap_or_default().to_string_lossy();
+                write!(f, "the snapshot {name:?} was replaced or deleted at this moment; try again")
             }
             SnapshotError::OtherVmm { written_by, here } => {
                 write!(f, "the snapshot was made with {written_by}, and this host has {here}; make it anew")
@@ -174,6 +182,23 @@ impl Snapshot {
         Ok(Restore { is_own: false, ..self.image().open(&self.directory)? })
     }
 
+    /// Whether it is still the one that was found, and that a capsule has linked the disk of into its directory:
+    /// memory, devices and disk of two would make a guest that destroys its file system. Asked when all of it has been
+    /// taken. Blocks for a small file.
+    pub fn check_whole(&self, capsule: &Path) -> Result<(), SnapshotError> {
+        let replaced = || SnapshotError::Replaced(self.directory.clone());
+        let text = fs::read(self.directory.join(MANIFEST)).map_err(|_| replaced())?;
+        let is_same =
+            serde_json::from_slice::<Manifest>(&text).is_ok_and(|manifest| manifest == self.manifest);
+        let linked = capsule.join(LINKED_DISK);
+        let metadata = |path: &Path| fs::metadata(path).map(|m| (m.dev(), m.ino()));
+        let linked = metadata(&linked).map_err(io_error("looking at", &linked))?;
+        match is_same && metadata(&self.disk()).is_ok_and(|disk| disk == linked) {
+            true => Ok(()),
+            false => Err(replaced()),
+        }
+    }
+
     /// What is told of it. Blocks for a `stat` a file.
     pub fn info(&self, name: &str) -> SnapshotInfo {
         let entries = fs::read_dir(&self.directory).into_iter().flatten().flatten();
@@ -192,7 +217,7 @@ impl Snapshot {
 
 /// A hard link to a snapshot's disk in a capsule's directory, to stay when the snapshot goes. Blocks.
 pub fn link_disk(disk: &Path, directory: &Path) -> io::Result<PathBuf> {
-    let link = directory.join("base.ext4");
+    let link = directory.join(LINKED_DISK);
     match fs::hard_link(disk, &link) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
         _ => Ok(link),
@@ -430,6 +455,32 @@ mod tests {
         assert_eq!(shared.bytes_to_read(&two), 0);
         drop((other, again));
         assert!(shared.bytes_to_read(&two) > 0, "nobody has it any more");
+        fs::remove_dir_all(layout.root()).expect("removed");
+    }
+
+    #[test]
+    fn a_capsule_is_made_of_one_snapshot() {
+        let layout = layout("whole");
+        let capsule = layout.root().join("sandboxes/cl-1");
+        fs::create_dir(&capsule).expect("made");
+        let old = manifest(2, 256, 300, "qemu 7.2.22, tcg".into());
+        let new = Manifest { created_us: old.created_us + 1, ..old.clone() };
+        let found = draft(&layout, b"first").publish(&layout, "one", &old, false).expect("published");
+        link_disk(&found.disk(), &capsule).expect("linked");
+        found.check_whole(&capsule).expect("as it was");
+        // Another takes its place between the disk and the rest.
+        let replaced = draft(&layout, b"second").publish(&layout, "one", &new, true).expect("replaced");
+        let error = found.check_whole(&capsule).expect_err("of two").to_string();
+        assert!(error.contains("\"one\" was replaced") && error.contains("try again"), "{error}");
+        // Even where its manifest were the same.
+        assert!(replaced.check_whole(&capsule).is_err());
+        // Or before the disk was linked.
+        fs::remove_file(capsule.join(LINKED_DISK)).expect("removed");
+        link_disk(&replaced.disk(), &capsule).expect("linked");
+        replaced.check_whole(&capsule).expect("as it was");
+        assert!(found.check_whole(&capsule).is_err());
+        delete(&layout, "one").expect("deleted");
+        assert!(matches!(replaced.check_whole(&capsule), Err(SnapshotError::Replaced(_))));
         fs::remove_dir_all(layout.root()).expect("removed");
     }
 

@@ -282,6 +282,8 @@ pub(super) fn start_from_snapshot(
             .note(directory, Step::Machine, Phase::Done)
             .map_err(SaveFailure::Record)
             .and_then(|()| machine.wait_until_restored().map_err(SaveFailure::Vmm))
+            // Now it has all of its files.
+            .and_then(|()| snapshot.check_whole(directory).map_err(SaveFailure::Snapshot))
             .and_then(|()| machine.go_on().map_err(SaveFailure::Vmm));
         match gone_on {
             Ok(()) => Ok((machine, restore.memory)),
