@@ -95,6 +95,7 @@ fn main() -> ExitCode {
     match Stack::start(&Options::new(&directory)) {
         Ok(stack) => {
             let mut context = Context { stack, shared_capsule: None, victim: None };
+            tally.last = Some(Instant::now());
             for (name, test) in &selected {
                 let result = catch_unwind(AssertUnwindSafe(|| test(&mut context)))
                     .unwrap_or_else(|_| Err(Failure("it panicked".into())));
