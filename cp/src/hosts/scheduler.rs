@@ -1,8 +1,10 @@
 //! Where a new capsule goes. Pure: the caller brings the hosts and what is promised on them.
 //!
-//! - Memory is never promised twice: what capsules were given, with each one's overhead, stays below
-//!   what the host has without its own reserve.
-//! - A core is promised at most [`VCPUS_PER_CORE`] times: capsules are idle most of the time.
+//! - The host decides, by the room that it really has, and another is asked when it declines. What is counted here
+//!   only leaves out hosts that cannot but decline.
+//! - Memory is never promised twice: what capsules were given, with the least overhead that one can have, stays
+//!   below what the host has without its own reserve.
+//! - A core is promised [`VCPUS_PER_CORE`] times at the most; a host may be set to less.
 //! - A host that a team brought takes that team's capsules only, and gets them first.
 //! - A host that said it is full is asked last: it may have room by now, and says so when it has not.
 //! - Among the rest, a host that is known to have the template comes first, then the one with most
@@ -11,9 +13,9 @@
 use std::cmp::Reverse;
 use std::fmt;
 
-/// How many virtual CPUs are promised for each core.
-pub const VCPUS_PER_CORE: u64 = 8;
-/// The VMM's own memory for each capsule, in MiB.
+/// How many virtual CPUs are promised for each core, where a host's `WRENN_VCPU_OVERCOMMIT` is as high as it can be.
+pub const VCPUS_PER_CORE: u64 = 64;
+/// The least memory of its own that a VMM takes for each capsule, in MiB.
 pub const CAPSULE_OVERHEAD_MB: u64 = 32;
 /// The least memory that is left to the host itself, in MiB.
 pub const MIN_RESERVE_MB: u64 = 256;
@@ -215,7 +217,7 @@ mod tests {
         assert_eq!(rank(&hosts, &wanted(1760, 1)), Ok(vec![0]));
         assert_eq!(
             rank(&hosts, &wanted(1761, 1)),
-            Err(Refusal::TooLarge { max_memory_mb: 1760, max_vcpus: 16 })
+            Err(Refusal::TooLarge { max_memory_mb: 1760, max_vcpus: 128 })
         );
         hosts[0].memory_used_mb = 512;
         hosts[0].capsules = 1;
@@ -224,12 +226,12 @@ mod tests {
     }
 
     #[test]
-    fn cores_are_promised_eight_times() {
+    fn cores_are_promised_as_often_as_a_host_may_be_set_to() {
         let mut hosts = [host("a", 65_536)];
-        hosts[0].vcpus_used = 14;
+        hosts[0].vcpus_used = 126;
         assert_eq!(rank(&hosts, &wanted(512, 2)), Ok(vec![0]));
         assert_eq!(rank(&hosts, &wanted(512, 3)), Err(Refusal::Full));
-        assert!(matches!(rank(&hosts, &wanted(512, 17)), Err(Refusal::TooLarge { max_vcpus: 16, .. })));
+        assert!(matches!(rank(&hosts, &wanted(512, 129)), Err(Refusal::TooLarge { max_vcpus: 128, .. })));
     }
 
     #[test]
