@@ -287,6 +287,20 @@ fn a_thousand_streams_at_once_lose_nothing() {
     daemon.wait_until_clean(files);
 }
 
+#[test]
+fn a_killed_process_is_gone_at_once() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let start = ProcessStart { detached: true, tag: "again".into(), ..command(&["sleep", "1000"]) };
+    for _ in 0..50 {
+        // The tag of the one before is free, reaped or not.
+        client.ask::<_, ProcessStarted>(&start).expect("starts");
+        client.ask::<_, Done>(&ProcessSignal { selector: "again".into(), signal: 9 }).expect("killed");
+        let list: ProcessListReply = client.ask(&ProcessList {}).expect("list");
+        assert!(list.processes.is_empty(), "{list:?}");
+    }
+}
+
 /// More than may wait on a stream, and more than its window.
 #[test]
 fn a_long_list_of_processes_comes_whole() {

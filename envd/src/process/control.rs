@@ -2,7 +2,7 @@
 
 use super::request;
 use super::supervisor::{Shell, Supervisor};
-use super::table::{Process, ProcessKey, Timer, Watcher};
+use super::table::{Process, ProcessKey, Stopping, Timer, Watcher};
 use crate::connection::{Connections, StreamKey, Task};
 use crate::sys::{pty, signal};
 use alloc::collections::BTreeMap;
@@ -50,8 +50,9 @@ impl Supervisor {
         if !(1..=signal::MAX_SIGNAL).contains(&number) {
             return Err(Error::new(Code::InvalidRequest, "a signal is a number from 1 to 64"));
         }
-        match self.processes.get(&id).filter(|p| p.exit.is_none()) {
-            Some(_) if number == libc::SIGKILL as u32 => {
+        match self.processes.get_mut(&id).filter(|p| p.exit.is_none()) {
+            Some(process) if number == libc::SIGKILL as u32 => {
+                process.stopping = Stopping::Killed;
                 self.kill_tree(id);
                 Ok(())
             }

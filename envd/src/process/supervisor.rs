@@ -90,8 +90,7 @@ impl Supervisor {
                 format!("{MAX_PROCESSES} processes run in the capsule already: end some first"),
             ));
         }
-        if !start.tag.is_empty() && self.by_tag(&start.tag).is_some_and(|p| self.processes[&p].exit.is_none())
-        {
+        if !start.tag.is_empty() && self.by_tag(&start.tag).is_some_and(|p| self.processes[&p].is_alive()) {
             return Err(Error::new(
                 Code::AlreadyExists,
                 format!("a process with the tag {:?} runs already: choose another tag", start.tag),

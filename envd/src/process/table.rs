@@ -179,9 +179,15 @@ impl Process {
         }
     }
 
-    /// Whether it runs and has been told of.
+    /// Whether it runs and has been told of. One that was killed has only to be reaped still: whoever killed
+    /// it is not told that it runs, and its tag is free.
     pub fn is_running(&self) -> bool {
-        self.exit.is_none() && self.report.is_none()
+        self.is_alive() && self.report.is_none()
+    }
+
+    /// Whether it has neither ended nor been killed.
+    pub fn is_alive(&self) -> bool {
+        self.exit.is_none() && self.stopping != Stopping::Killed
     }
 
     /// Whether every way out has ended.
