@@ -1,5 +1,6 @@
 //! A host, a database and two control planes, from a seed: messages are lost, the host and the control
-//! planes are restarted at any moment, capsules end and are paused by themselves. Afterwards all agree.
+//! planes are restarted at any moment, capsules end and are paused by themselves, records go and come back as
+//! when a database is restored. Afterwards all agree.
 
 use super::*;
 use std::collections::BTreeMap;
@@ -61,12 +62,37 @@ struct World {
     host: BTreeMap<String, CapsuleState>,
     /// State, and since when.
     records: BTreeMap<String, (CapsuleState, u64)>,
+    /// Records that are gone, and since when.
+    forgotten: BTreeMap<String, (CapsuleState, u64)>,
+    /// Capsules on no record, and since when the host has told of them.
+    orphans: BTreeMap<String, u64>,
     calls: Vec<Call>,
     visits: Vec<Visit>,
     made: usize,
 }
 
 impl World {
+    /// Somebody puts an older database in place, or the newer one back, which know of other orphans.
+    fn restore_database(&mut self) {
+        self.orphans.clear();
+        let id = format!("cl-{}", 1 + self.random.below(CAPSULES));
+        if let Some((state, _)) = self.forgotten.remove(&id) {
+            self.records.insert(id, (state, self.now_ms));
+        } else if let Some((state, _)) = self.records.remove(&id) {
+            self.forgotten.insert(id, (state, self.now_ms));
+        }
+    }
+
+    /// As `db::orphans::note` does it.
+    fn note_orphans(&mut self, told: &[String]) -> HashMap<String, u64> {
+        let now_ms = self.now_ms;
+        self.orphans.retain(|id, _| told.contains(id));
+        for id in told {
+            self.orphans.entry(id.clone()).or_insert(now_ms);
+        }
+        self.orphans.iter().map(|(id, since_ms)| (id.clone(), now_ms - since_ms)).collect()
+    }
+
     fn put(&mut self, id: &str, from: &[CapsuleState], to: CapsuleState) -> bool {
         let now_ms = self.now_ms;
         match self.records.get_mut(id) {
@@ -279,7 +305,8 @@ impl World {
                 age_ms: self.now_ms - since_ms,
             })
             .collect();
-        let repairs = compare(&visit.reported, &records, &HashMap::new());
+        let orphans = self.note_orphans(&unknown(&visit.reported, &records));
+        let repairs = compare(&visit.reported, &records, &orphans);
         // Requests come between.
         self.begin();
         for repair in repairs {
@@ -293,6 +320,12 @@ impl World {
             Repair::MarkError { id, from, .. } => self.put(&id, &[from], CapsuleState::Error),
             Repair::MarkMissing { id, from } => self.put(&id, &[from], CapsuleState::Missing),
             Repair::MarkStopped { id } => self.put(&id, &[CapsuleState::Stopping], CapsuleState::Stopped),
+            Repair::Destroy { id, reason: Unwanted::Orphaned } => {
+                let since_ms = self.forgotten.get(&id).map(|(_, since_ms)| *since_ms);
+                let is_due = since_ms.is_some_and(|since_ms| self.now_ms - since_ms >= ORPHAN_GRACE_MS);
+                assert!(is_due, "{id} is destroyed as an orphan at {}, gone since {since_ms:?}", self.now_ms);
+                self.host.remove(&id).is_some()
+            }
             Repair::Destroy { id, .. } => {
                 let on_record = self.records.get(&id).map(|record| record.0);
                 let is_wanted = on_record.is_some_and(|s| HELD.contains(&s) || s == CapsuleState::Missing);
@@ -317,7 +350,7 @@ impl World {
     }
 
     fn step(&mut self) {
-        match self.random.below(20) {
+        match self.random.below(21) {
             0..=4 => self.begin(),
             5..=11 => self.advance(),
             12 => self.restart_host(),
@@ -325,8 +358,10 @@ impl World {
             14 => self.drift(),
             15..=16 => self.list(),
             17..=18 => self.repair(),
+            19 if self.random.below(4) == 0 => self.restore_database(),
             _ => {
-                let ms = self.random.below(20_000) as u64;
+                let most_ms = if self.random.below(4) == 0 { 400_000 } else { 20_000 };
+                let ms = self.random.below(most_ms) as u64;
                 self.pass(ms);
             }
         }
@@ -346,7 +381,7 @@ impl World {
         }
         self.made = CAPSULES;
         for _ in 0..4 {
-            self.now_ms += ABANDONED_MS;
+            self.now_ms += ABANDONED_MS.max(ORPHAN_GRACE_MS);
             self.list();
             let visit = self.visits.pop().expect("a list was taken");
             let records: Vec<Record> = self
@@ -359,7 +394,8 @@ impl World {
                     age_ms: self.now_ms - since,
                 })
                 .collect();
-            compare(&visit.reported, &records, &HashMap::new())
+            let orphans = self.note_orphans(&unknown(&visit.reported, &records));
+            compare(&visit.reported, &records, &orphans)
                 .into_iter()
                 .for_each(|repair| self.carry_out(repair));
         }
@@ -374,6 +410,8 @@ fn whatever_is_lost_and_whoever_restarts_all_agree_in_the_end() {
             now_ms: 0,
             host: BTreeMap::new(),
             records: BTreeMap::new(),
+            forgotten: BTreeMap::new(),
+            orphans: BTreeMap::new(),
             calls: Vec::new(),
             visits: Vec::new(),
             made: 0,
