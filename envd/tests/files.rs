@@ -337,3 +337,137 @@ fn changes_are_told_as_they_happen() {
     assert_eq!(client.ask::<_, Done>(&missing).expect_err("missing").code(), Code::NotFound);
     daemon.wait_until_clean(files);
 }
+
+/// What does not fit into 32 bits, with holes.
+#[test]
+fn files_beyond_4_gib_are_read_where_it_is_asked_for() {
+    const FAR: u64 = (4 << 30) + 5;
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let place = Place::new("large");
+    let file = std::fs::File::create(place.0.join("sparse")).expect("create");
+    file.set_len(5 << 30).expect("grow");
+    std::os::unix::fs::FileExt::write_all_at(&file, b"far out", FAR).expect("write");
+    let path = place.path("sparse");
+    let stat = FileStat { path: path.clone(), user: ROOT.into() };
+    assert_eq!(client.ask::<_, FileEntry>(&stat).expect("there").size, 5 << 30);
+    assert_eq!(read(&mut client, path.clone(), ROOT, FAR - 2, 11).expect("read"), b"\0\0far out\0\0");
+    assert_eq!(read(&mut client, path.clone(), ROOT, (5 << 30) - 3, 0).expect("read"), b"\0\0\0");
+    assert_eq!(read(&mut client, path, ROOT, 5 << 30, 0).expect("read"), b"");
+}
+
+/// A file system of its own, unmounted with its place.
+struct Mounted(Place);
+
+impl Mounted {
+    fn new(name: &str, options: &str) -> Mounted {
+        let place = Place::new(name);
+        run("mount", &["-t", "tmpfs", "-o", options, "tmpfs", place.0.to_str().expect("utf-8")]);
+        Mounted(place)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        run("umount", &[self.0.0.to_str().expect("utf-8")]);
+    }
+}
+
+fn run(program: &str, arguments: &[&str]) {
+    let status = std::process::Command::new(program).args(arguments).status().expect("runs");
+    assert!(status.success(), "{program} {arguments:?}: {status}");
+}
+
+#[test]
+fn full_and_read_only_file_systems_are_told_by_name() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let files = daemon.open_files();
+    let mounted = Mounted::new("mounted", "size=1m,mode=777");
+    let place = &mounted.0;
+    write(&mut client, place.path("old"), ROOT, 0o644, b"old").expect("written");
+    for user in [ROOT, "nobody"] {
+        let error = write(&mut client, place.path("new"), user, 0o644, &[7; 3 << 20]).expect_err("full");
+        assert_eq!((error.code(), error.errno), (Code::ResourceExhausted, libc::ENOSPC as u32), "{error}");
+        assert!(error.text.contains("ENOSPC") && error.text.contains("/new"), "{error}");
+        assert_eq!(names_in(&place.0), ["old"], "nothing half done is left");
+    }
+    let error = write(&mut client, place.path("old"), ROOT, 0o644, &[7; 3 << 20]).expect_err("full");
+    assert_eq!(error.errno, libc::ENOSPC as u32);
+    assert_eq!(read(&mut client, place.path("old"), ROOT, 0, 0).expect("read"), b"old");
+
+    run("mount", &["-o", "remount,ro", place.0.to_str().expect("utf-8")]);
+    let user = || ROOT.to_string();
+    let refused = |error: Error| {
+        assert_eq!((error.code(), error.errno), (Code::PermissionDenied, libc::EROFS as u32), "{error}");
+        assert!(error.text.contains("EROFS"), "{error}");
+    };
+    refused(write(&mut client, place.path("old"), ROOT, 0, b"x").expect_err("read only"));
+    refused(write(&mut client, place.path("a/b"), ROOT, 0, b"x").expect_err("read only"));
+    let make = FileMakeDirectory { path: place.path("d"), user: user(), mode: 0o755 };
+    refused(client.ask::<_, FileEntry>(&make).expect_err("read only"));
+    let rename = FileMove { from: place.path("old"), to: place.path("x"), user: user() };
+    refused(client.ask::<_, FileEntry>(&rename).expect_err("read only"));
+    refused(
+        client.ask::<_, Done>(&FileRemove { path: place.path("old"), user: user() }).expect_err("read only"),
+    );
+    assert_eq!(read(&mut client, place.path("old"), ROOT, 0, 0).expect("read"), b"old");
+    daemon.wait_until_clean(files);
+}
+
+#[test]
+fn names_are_bytes() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let place = Place::new("bytes");
+    let named = |name: &[u8]| {
+        let mut path = place.0.as_os_str().as_encoded_bytes().to_vec();
+        path.push(b'/');
+        path.extend_from_slice(name);
+        Bytes(path)
+    };
+    let (odd, other) = (named(b"\xff\xfe \n\"x"), named(b"\xc3\x28"));
+    let watch = client.open(&FileWatch { path: place.path(""), user: ROOT.into(), recursive: false }, false);
+    client.answer::<Done>(watch).expect("watched");
+    assert_eq!(write(&mut client, odd.clone(), ROOT, 0o600, b"x").expect("written").path, odd);
+    let listed = list(&mut client, place.path(""), 1).expect("listed");
+    assert_eq!(listed.iter().map(|e| &e.path).collect::<Vec<_>>(), [&odd]);
+    let rename = FileMove { from: odd.clone(), to: other.clone(), user: ROOT.into() };
+    assert_eq!(client.ask::<_, FileEntry>(&rename).expect("moved").path, other);
+    loop {
+        let change: FileChange = client.answer(watch).expect("a change");
+        if change.change == CHANGE_MOVED && change.from == odd {
+            break assert_eq!(change.path, other);
+        }
+    }
+    assert_eq!(read(&mut client, other.clone(), ROOT, 0, 0).expect("read"), b"x");
+    client.ask::<_, Done>(&FileRemove { path: other, user: ROOT.into() }).expect("removed");
+    assert!(names_in(&place.0).is_empty());
+}
+
+#[test]
+fn changes_that_are_too_many_are_told_to_be_lost() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let place = Place::new("flood");
+    let stream = client.open(&FileWatch { path: place.path(""), user: ROOT.into(), recursive: true }, false);
+    client.answer::<Done>(stream).expect("watched");
+    // More than the stream, envd and the kernel's queue hold together, with nobody reading.
+    let made = 40_000;
+    for number in 0..made {
+        std::fs::write(place.0.join(format!("{number:08}")), b"").expect("write");
+    }
+    let (mut told, mut lost) = (0, 0);
+    while lost == 0 {
+        match client.answer::<FileChange>(stream).expect("a change").change {
+            CHANGE_MADE => told += 1,
+            CHANGES_LOST => lost += 1,
+            other => panic!("change {other}"),
+        }
+    }
+    assert!((1_000..made).contains(&told), "{told} of {made} were told");
+    // It goes on, whatever else was lost meanwhile.
+    std::fs::write(place.0.join("after"), b"").expect("write");
+    while client.answer::<FileChange>(stream).expect("a change").path != place.path("after") {}
+    assert!(daemon.status_kb("VmRSS") < 8_000, "{} KB resident", daemon.status_kb("VmRSS"));
+}
