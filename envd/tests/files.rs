@@ -457,6 +457,7 @@ fn changes_that_are_too_many_are_told_to_be_lost() {
     for number in 0..made {
         std::fs::write(place.0.join(format!("{number:08}")), b"").expect("write");
     }
+    std::fs::create_dir_all(place.0.join("late/later")).expect("mkdir");
     let (mut told, mut lost) = (0, 0);
     while lost == 0 {
         match client.answer::<FileChange>(stream).expect("a change").change {
@@ -466,8 +467,10 @@ fn changes_that_are_too_many_are_told_to_be_lost() {
         }
     }
     assert!((1_000..made).contains(&told), "{told} of {made} were told");
-    // It goes on, whatever else was lost meanwhile.
-    std::fs::write(place.0.join("after"), b"").expect("write");
-    while client.answer::<FileChange>(stream).expect("a change").path != place.path("after") {}
+    // It goes on, also in directories whose making was lost.
+    for name in ["after", "late/later/file"] {
+        std::fs::write(place.0.join(name), b"").expect("write");
+        while client.answer::<FileChange>(stream).expect("a change").path != place.path(name) {}
+    }
     assert!(daemon.status_kb("VmRSS") < 8_000, "{} KB resident", daemon.status_kb("VmRSS"));
 }

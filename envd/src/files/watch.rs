@@ -146,6 +146,20 @@ impl Watch {
         Ok(())
     }
 
+    /// Directories may have come, gone and moved unseen. What is still there keeps its watch.
+    fn watch_again(&mut self) {
+        if !self.recursive {
+            return;
+        }
+        let before = core::mem::take(&mut self.directories);
+        let root = self.root.clone();
+        // As far as it goes: that changes were lost is told in any case.
+        let _ = self.add_tree(&root, 0, false);
+        for number in before.into_keys().filter(|number| !self.directories.contains_key(number)) {
+            inotify::remove(&self.fd, number);
+        }
+    }
+
     fn tell(&mut self, change: u8, path: Vec<u8>, from: Vec<u8>, is_directory: bool) {
         if self.waiting.len() >= MAX_WAITING {
             if self.waiting.back().is_none_or(|last| last.change != CHANGES_LOST) {
@@ -192,6 +206,7 @@ impl Watch {
     fn on_event(&mut self, event: Event<'_>) {
         if event.mask & libc::IN_Q_OVERFLOW != 0 {
             self.settle_move();
+            self.watch_again();
             self.tell_lost();
             return;
         }
