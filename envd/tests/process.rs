@@ -350,7 +350,7 @@ fn terminals_have_job_control_and_a_size() {
     };
     expect(&mut client, "stty size; echo $TERM; tty\n", "30 100\r\nxterm-256color\r\n/dev/pts/");
     // What the line discipline rubs out is a character, however many bytes it has.
-    expect(&mut client, "printf '%s\\n' gr\u{fc}n\u{20ac}\x7f | tr a-z A-Z\n", "\r\nGR\u{fc}N\r\n");
+    expect(&mut client, "printf '%s\\n' gr\u{fc}n\u{20ac}\x7f | tr a-z A-Z\n", "GR\u{fc}N\r\n");
     client.session.send(stream, &TerminalResize { columns: 77, rows: 11 }).expect("resize");
     expect(&mut client, "stty size\n", "11 77");
     expect(&mut client, "sleep 1000; echo code=$?\n", "sleep 1000");
