@@ -1,6 +1,11 @@
 //! What recurs without a client: comparing each host's capsules with the records.
+//!
+//! What a capsule may reach is what is on record. A change whose answer was lost may have been made on the host
+//! or not: it was answered as failed, so what is on record is sent again, as a later change.
 
+use super::network::{ABANDONED_SEC, CHANGE_TIMEOUT_MS, EVENT as NETWORK_EVENT};
 use crate::audit::{self, Actor, Event};
+use crate::db::networks::{self, Stored};
 use crate::db::{Sql, Stop, capsules, hosts, orphans};
 use crate::hosts::reconciler::{self, LIST_TIMEOUT_MS, Repair, Unwanted};
 use crate::http::context::Context;
@@ -19,6 +24,8 @@ const LOOK_EVERY_MS: u64 = 2_000;
 const MAX_HOSTS_A_RUN: u32 = 100;
 /// The most capsules that are destroyed on a host in one go; the next comparison goes on.
 const MAX_DESTROYED: usize = 100;
+/// The most capsules whose network is put right on a host in one go; the next comparison goes on.
+const MAX_NETWORKS: i64 = 20;
 
 /// The recurring jobs. The lanes do the same: a host that does not answer holds up one of them.
 pub fn jobs() -> Vec<Job> {
@@ -97,9 +104,48 @@ impl Visit {
         })
     }
 
+    /// Begins to put right what capsules may reach, where that is in doubt.
+    fn networks(self) -> Flow {
+        Step::database(move |db| {
+            let doubtful = db.transaction(|sql| {
+                Ok(networks::begin_doubtful(sql, &self.id, ABANDONED_SEC, MAX_NETWORKS)?)
+            })?;
+            self.put_right(doubtful)
+        })
+    }
+
+    /// Has the host do what is on record, for one capsule after the other.
+    fn put_right(self, mut doubtful: Vec<(String, Stored)>) -> Flow {
+        let Some((id, Stored { network, revision })) = doubtful.pop() else {
+            return next_host(self.hosts_left);
+        };
+        let message = network.message(&id, revision);
+        let call = HostCall::new(&self.id, &self.address, &message, CHANGE_TIMEOUT_MS).until::<Done>();
+        call.then(move |result| {
+            Step::database(move |db| {
+                let made = result.and_then(|reply| reply.message::<Done>());
+                db.transaction(|sql| {
+                    networks::end(sql, &id, revision)?;
+                    if made.is_ok() && networks::finish(sql, &id, &network, revision)? {
+                        let reason = "it was not known whether the change before it was made";
+                        record(sql, NETWORK_EVENT, &id, json!({"network": network, "reason": reason}), None)?;
+                    }
+                    Ok(())
+                })?;
+                match made {
+                    Ok(_) => log::info!("what capsule {id} may reach is as on record again"),
+                    Err(error) => log::warn!(
+                        "what capsule {id} may reach is in doubt, and will be put right later: {error}"
+                    ),
+                }
+                self.put_right(doubtful)
+            })
+        })
+    }
+
     /// Destroys one capsule after the other.
     fn destroy(self, mut doomed: Vec<(String, Unwanted)>) -> Flow {
-        let Some((id, reason)) = doomed.pop() else { return next_host(self.hosts_left) };
+        let Some((id, reason)) = doomed.pop() else { return self.networks() };
         let why = reason.name();
         log::warn!("capsule {id} on {} is no longer wanted ({why}) and is destroyed", self.id);
         let message = CapsuleDestroy { capsule_id: id.clone() };

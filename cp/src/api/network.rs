@@ -13,11 +13,11 @@ use std::sync::Arc;
 use wire::message::{CapsuleState, Done};
 
 /// How long a host may take to replace a capsule's rules, in milliseconds.
-const CHANGE_TIMEOUT_MS: u64 = 15_000;
+pub(super) const CHANGE_TIMEOUT_MS: u64 = 15_000;
 /// After how long a change is no longer waited for, in seconds: its control plane was stopped meanwhile.
-const ABANDONED_SEC: f64 = 20.0;
+pub(super) const ABANDONED_SEC: f64 = 20.0;
 /// What it is called in the audit log.
-const EVENT: &str = "capsule.network";
+pub(super) const EVENT: &str = "capsule.network";
 
 /// `GET /v1/capsules/{id}/network`.
 pub fn get(request: Request, context: &Arc<Context>) -> Flow {

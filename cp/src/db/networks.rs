@@ -2,6 +2,7 @@
 
 use super::{DbError, Sql, column, json_column};
 use crate::network::Network;
+use postgres::Row;
 
 /// A capsule's network as it is on record.
 #[derive(Debug, Clone)]
@@ -44,12 +45,35 @@ pub fn begin(sql: &mut dyn Sql, capsule_id: &str, abandoned_sec: f64) -> Result<
          returning network::text as network, network_revision",
         &[&capsule_id, &abandoned_sec],
     )?;
-    let Some(row) = row else { return Ok(None) };
-    let revision: i64 = column(&row, "network_revision")?;
-    Ok(Some(Stored {
-        network: network(json_column(&row, "network")?)?,
-        revision: u64::try_from(revision).unwrap_or(0),
-    }))
+    row.as_ref().map(stored).transpose()
+}
+
+/// Begins a change of each running capsule on a host, of at most `limit`, of which it is not known that the last
+/// change that was begun was made or not: its answer was lost, or whoever waited for it. What each has on
+/// record. Not of those of which a change is under way, as [`begin`] has it.
+///
+/// # Errors
+/// What the database says.
+pub fn begin_doubtful(
+    sql: &mut dyn Sql,
+    host_id: &str,
+    abandoned_sec: f64,
+    limit: i64,
+) -> Result<Vec<(String, Stored)>, DbError> {
+    sql.rows(
+        "update capsules set network_revision = network_revision + 1, network_changing_since = now()
+         where id in (
+             select id from capsules
+             where host_id = $1 and status = 'running' and network_revision > network_applied
+                 and (network_changing_since is null
+                     or network_changing_since < now() - make_interval(secs => $2))
+             order by id limit $3 for update skip locked
+         ) returning id, network::text as network, network_revision",
+        &[&host_id, &abandoned_sec, &limit],
+    )?
+    .iter()
+    .map(|row| Ok((column(row, "id")?, stored(row)?)))
+    .collect()
 }
 
 /// Lets others begin a change again, unless a later one than this has begun.
@@ -83,6 +107,14 @@ pub fn finish(
         &[&capsule_id, &text, &revision],
     )?;
     Ok(changed > 0)
+}
+
+fn stored(row: &Row) -> Result<Stored, DbError> {
+    let revision: i64 = column(row, "network_revision")?;
+    Ok(Stored {
+        network: network(json_column(row, "network")?)?,
+        revision: u64::try_from(revision).unwrap_or(0),
+    })
 }
 
 fn text(network: &Network) -> Result<String, DbError> {

@@ -21,7 +21,7 @@ pub struct FakeHost {
     pub snapshots: BTreeSet<String>,
     /// What the next calls fail with, before they are carried out.
     pub failures: VecDeque<HostError>,
-    /// What the next create fails with, after it was carried out.
+    /// What the next create or change fails with, after it was carried out.
     pub lost_answers: VecDeque<HostError>,
     /// What commands print and end with.
     pub stdout: Vec<u8>,
@@ -98,7 +98,9 @@ impl FakeHost {
                 self.networks.push(network);
                 match call.messages.get(1) {
                     Some(create) if id.is_empty() => self.create(call, decode(create)),
-                    _ if self.capsules.contains_key(&id) => just(&Done {}),
+                    _ if self.capsules.contains_key(&id) => {
+                        self.lost_answers.pop_front().map_or_else(|| just(&Done {}), Err)
+                    }
                     _ => Err(not_found("such capsule")),
                 }
             }

@@ -198,3 +198,56 @@ fn one_change_at_a_time() {
         (&json!("1.1.1.1/32"), &json!("8.8.8.8/32"))
     );
 }
+
+#[test]
+fn a_change_whose_answer_was_lost_is_taken_back() {
+    let mut team = Team::new();
+    let path = team.create(&json!({"network": {"allow_internet": true}}));
+    let network = format!("{path}/network");
+    let on_record = json(&team.ask(Get, &network, &Value::Null));
+    let lost = HostError::Unreachable { address: "10.0.0.1:50051".into(), reason: "reset".into() };
+    team.stage.hosts[0].lost_answers.push_back(lost.clone());
+    assert_eq!(team.ask(Patch, &network, &json!({"deny": ["8.8.8.8"]})).status, 503);
+    // The host denies it, and whoever asks is told that it does not.
+    assert_eq!(team.stage.hosts[0].networks[0].deny.len(), 1);
+    assert_eq!(json(&team.ask(Get, &network, &Value::Null)), on_record);
+
+    // One that does not run has no rules to change.
+    let again = "update hosts set reconciled_at = null";
+    let update = |team: &Team, sql: &str| {
+        crate::postgres::client(&team.stage.url).execute(sql, &[]).expect("update");
+    };
+    update(&team, "update capsules set status = 'pausing'");
+    team.stage.run_jobs();
+    assert_eq!(team.stage.hosts[0].networks.len(), 1);
+    update(&team, "update capsules set status = 'running'");
+    // While a change is under way, or may be, nobody else makes one.
+    update(&team, "update capsules set network_changing_since = now()");
+    update(&team, again);
+    team.stage.run_jobs();
+    assert_eq!(team.stage.hosts[0].networks.len(), 1);
+    update(&team, "update capsules set network_changing_since = now() - interval '1 minute'");
+    // What fails here as well is tried again.
+    team.stage.hosts[0].lost_answers.push_back(lost);
+    for _ in 0..2 {
+        update(&team, again);
+        team.stage.run_jobs();
+    }
+    let told = &team.stage.hosts[0].networks;
+    assert_eq!(told.iter().map(|n| n.revision).collect::<Vec<_>>(), [1, 2, 3]);
+    assert!(told[2].allow_internet && told[2].deny.is_empty() && path.ends_with(&told[2].capsule_id));
+    assert_eq!(json(&team.ask(Get, &network, &Value::Null)), on_record);
+    let audited = team.audited();
+    assert_eq!(audited.iter().map(|a| a.0.as_str()).collect::<Vec<_>>(), ["failure", "success"]);
+    assert_eq!(audited[1].1["network"], on_record);
+
+    // Then all agree, and nothing more is sent; a change goes on from there.
+    update(&team, again);
+    team.stage.run_jobs();
+    assert_eq!(team.stage.hosts[0].networks.len(), 3);
+    assert_eq!(team.ask(Patch, &network, &json!({"deny": ["9.9.9.9"]})).status, 200);
+    update(&team, again);
+    team.stage.run_jobs();
+    let told = &team.stage.hosts[0].networks;
+    assert_eq!((told.len(), told[3].revision, told[3].deny.len()), (4, 4, 1));
+}
