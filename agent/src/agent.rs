@@ -3,7 +3,7 @@
 //! A turn of the loop: wait for readiness, a worker's report or a timer; feed what came to the state
 //! machine that it belongs to; do what that says; move bytes on every session that was touched.
 
-use crate::capsule::lifecycle::{Action, Event as LifeEvent, Goal};
+use crate::capsule::lifecycle::{Action, Event as LifeEvent, Goal, Work};
 use crate::capsule::record::Record;
 use crate::capsule::table::Table;
 use crate::capsule::{
@@ -11,6 +11,7 @@ use crate::capsule::{
 };
 use crate::context::{Context, PeerId, Report, Source, TimerKey, random_bytes};
 use crate::ending::Progress;
+use crate::metrics::keeping::Keeper;
 use crate::registration::Registration;
 use crate::service::Peer;
 use mio::net::TcpListener;
@@ -77,6 +78,7 @@ pub struct Agent {
     /// Streams that have to be tried again, see [`wire::splice::Flow::Stalled`].
     pub stalled: BTreeSet<(PeerId, StreamId)>,
     pub(crate) listener_ready: bool,
+    pub(crate) keeper: Keeper,
     pub(crate) ending: Option<Progress>,
     outcome: Option<Outcome>,
 }
@@ -121,6 +123,7 @@ impl Agent {
             dirty: BTreeSet::new(),
             stalled: BTreeSet::new(),
             listener_ready: true,
+            keeper: Keeper::default(),
             ending: None,
             outcome: None,
         })
@@ -197,6 +200,7 @@ impl Agent {
             self.pump_all();
             self.outcome = self.outcome.or_else(|| self.continue_ending());
             if let Some(outcome) = self.outcome {
+                self.keep_all_usage();
                 return Ok(outcome);
             }
         }
@@ -282,6 +286,7 @@ impl Agent {
             }
             Report::Snapshots(waiter, report) => self.on_snapshots_report(waiter, report),
             Report::Mended(result) => self.on_mended(result),
+            Report::UsageKept(outcomes) => self.on_usage_kept(outcomes),
             Report::Registration(report) => {
                 self.registration.on_report(report, self.ctx.now_ms());
                 if let Some(verifier) = self.registration.take_new_verifier() {
@@ -432,6 +437,9 @@ impl Agent {
                 capsule.note_change(&mut self.ctx);
                 let caller = capsule.caller.take();
                 let (info, snapshot) = (capsule.info(&self.ctx), capsule.made_snapshot.take());
+                if work == Work::Pause {
+                    self.keep_usage_of_paused(key);
+                }
                 match (caller, snapshot) {
                     (Some(caller), Some(snapshot)) => self.answer(caller, &snapshot),
                     (Some(caller), None) => self.answer(caller, &info),

@@ -5,6 +5,7 @@ use crate::capsule::{CapsuleKey, CapsuleReport, CapsuleTimer, Source as CapsuleS
 use crate::config::Config;
 use crate::disk::Backend;
 use crate::layout::{Kernel, Layout};
+use crate::metrics::keeping::Outcomes;
 use crate::net::{NetError, SlotAllocator};
 use crate::registration::Report as RegistrationReport;
 use crate::snapshots::{SharedMemory, SnapshotError};
@@ -74,6 +75,8 @@ pub enum Report {
     },
     /// Of a look at the host's firewall table: whether it was gone.
     Mended(Result<bool, NetError>),
+    /// Of keeping what capsules used.
+    UsageKept(Outcomes),
     /// Of what a stream asked about snapshots.
     Snapshots((PeerId, StreamId), SnapshotsReport),
 }

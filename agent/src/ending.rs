@@ -129,7 +129,8 @@ impl Agent {
             }
         }
         let settled = self.capsules.values().all(|capsule| capsule.lifecycle.is_settled());
-        settled.then(|| self.outcome_of(ending))
+        // What those that are paused used is on disk before the host may go down.
+        (settled && self.keeper.is_idle()).then(|| self.outcome_of(ending))
     }
 
     /// The time for ending is over.

@@ -9,6 +9,22 @@ use std::path::{Path, PathBuf};
 /// Puts a file with these permissions and this content in place of what is at `path`, if anything. Blocks
 /// until it is on disk.
 pub fn replace(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
+    place(path, content, mode, File::sync_all)?;
+    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+}
+
+/// As [`replace`], but nothing waits for the disk: what is killed leaves the old one or the new one, a power cut
+/// may leave neither whole.
+pub fn replace_unsynced(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
+    place(path, content, mode, |_| Ok(()))
+}
+
+fn place(
+    path: &Path,
+    content: &[u8],
+    mode: u32,
+    sync: impl FnOnce(&File) -> io::Result<()>,
+) -> io::Result<()> {
     let new = beside(path);
     // A leftover could have another mode.
     match fs::remove_file(&new) {
@@ -16,13 +32,12 @@ pub fn replace(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
         _ => {}
     }
     let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&new)?;
-    let placed = file.write_all(content).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&new, path));
+    let placed = file.write_all(content).and_then(|()| sync(&file)).and_then(|()| fs::rename(&new, path));
     if placed.is_err() {
         // On a full disk even that is needed. The first error is the one to tell.
         let _ = fs::remove_file(&new);
     }
-    placed?;
-    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+    placed
 }
 
 /// The content of the file at `path`; `None` when there is none. Blocks.
@@ -62,6 +77,8 @@ mod tests {
         fs::set_permissions(beside(&path), fs::Permissions::from_mode(0o666)).expect("its mode");
         replace(&path, b"first", 0o600).expect("written");
         assert_eq!(fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o600);
+        replace_unsynced(&path, b"other", 0o640).expect("replaced");
+        assert_eq!(read(&path, 5, "file").expect("read").as_deref(), Some(&b"other"[..]));
         replace(&path, b"second", 0o600).expect("replaced");
         assert_eq!(read(&path, 6, "file").expect("read").as_deref(), Some(&b"second"[..]));
         let error = read(&path, 5, "file").expect_err("too long");

@@ -9,8 +9,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use wire::codec::Bytes;
 use wire::message::{
-    CapsuleCreate, CapsuleGet, CapsuleInfo, CapsulePause, CapsuleResume, CapsuleSnapshot, CapsuleState, Code,
-    Done, Error, Forward, Message, ProcessStart, ProcessStarted, SnapshotInfo,
+    CapsuleCreate, CapsuleGet, CapsuleInfo, CapsuleMetrics, CapsuleMetricsReply, CapsulePause, CapsuleResume,
+    CapsuleSnapshot, CapsuleState, Code, Done, Error, Forward, Message, ProcessStart, ProcessStarted,
+    SnapshotInfo,
 };
 use wrenn_agent::ending::Ending;
 
@@ -265,4 +266,70 @@ fn a_capsule_whose_journal_cannot_be_written_runs_on_when_it_is_paused() {
     assert_eq!(count(&mut cp, "cl-one"), 2);
     assert!(agent.terminate().success());
     assert_eq!(place.remains(), Vec::<String>::new());
+}
+
+/// When samples of it were taken, in seconds, once there are more than `count` of them.
+fn samples(cp: &mut Client, id: &str, count: usize) -> Vec<u64> {
+    let begun = Instant::now();
+    loop {
+        let request = CapsuleMetrics { capsule_id: id.into(), range_sec: 600 };
+        let reply: CapsuleMetricsReply = cp.ask(&request).expect("figures");
+        if reply.times.len() > count {
+            return reply.times;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{} samples", reply.times.len());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn the_next_agent_knows_what_a_capsule_used() {
+    let Some(guest) = guest_directory() else { return };
+    let place = Place::with_guest(4, &guest);
+    let file = place.directory.join("sandboxes/cl-one/usage");
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let _: CapsuleInfo = cp.ask(&creation("cl-one")).expect("created");
+    let before = samples(&mut cp, "cl-one", 3);
+    assert!(!file.exists(), "it had no turn yet");
+    assert!(agent.hand_over().success());
+
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    let after = samples(&mut cp, "cl-one", before.len());
+    assert_eq!(after[..before.len()], before, "of the agent before");
+    // One that is paused is kept at once, and survives an agent that is killed.
+    let handed_over = std::fs::metadata(&file).and_then(|m| m.modified()).expect("kept");
+    let _: CapsuleInfo = cp.ask(&CapsulePause { capsule_id: "cl-one".into() }).expect("paused");
+    let begun = Instant::now();
+    while std::fs::metadata(&file).and_then(|m| m.modified()).expect("kept") == handed_over {
+        assert!(begun.elapsed() < PATIENCE, "not kept when it was paused");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let before = samples(&mut cp, "cl-one", 0);
+    agent.kill();
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    assert_eq!(samples(&mut cp, "cl-one", 0), before, "of one that is paused");
+    let resume = CapsuleResume { capsule_id: "cl-one".into(), deadline_ms: 0 };
+    let _: CapsuleInfo = cp.ask(&resume).expect("resumed");
+    let after = samples(&mut cp, "cl-one", before.len());
+    assert_eq!(after[..before.len()], before, "of one that was resumed");
+
+    // Damage costs the figures and nothing else.
+    agent.kill();
+    let mut bytes = std::fs::read(&file).expect("kept");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&file, bytes).expect("damaged");
+    let agent = Agent::start(&place);
+    let mut cp = agent.client();
+    assert_eq!(state(&mut cp, "cl-one"), CapsuleState::Running);
+    assert!(samples(&mut cp, "cl-one", 0).len() < before.len(), "begun anew");
+    let snapshot = CapsuleSnapshot { capsule_id: "cl-one".into(), name: "warm".into(), overwrite: false };
+    let _: SnapshotInfo = cp.ask(&snapshot).expect("made");
+    assert!(!place.directory.join("snapshots/warm/usage").exists());
+    let Done {} = cp.destroy("cl-one").expect("destroyed");
+    assert_eq!(place.remains(), Vec::<String>::new());
+    assert!(agent.terminate().success());
 }

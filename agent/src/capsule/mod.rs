@@ -219,10 +219,11 @@ impl Capsule {
         left: LeftPaused,
         now_ms: u64,
     ) -> Capsule {
-        let LeftPaused { record, slot, disk } = left;
+        let LeftPaused { record, slot, disk, usage } = left;
         let mut capsule = Capsule::with(key, spec, directory, slot, now_ms, record, secret);
         capsule.lifecycle = Lifecycle::paused(capsule.record.image.is_some_and(|image| image.packed));
         capsule.take_disk(disk);
+        capsule.usage = usage;
         capsule
     }
 
@@ -234,12 +235,13 @@ impl Capsule {
         left: LeftRunning,
         now_ms: u64,
     ) -> Capsule {
-        let LeftRunning { record, network, disk, machine } = left;
+        let LeftRunning { record, network, disk, machine, usage } = left;
         let mut capsule = Capsule::with(key, spec, directory, network.slot(), now_ms, record, secret);
         capsule.lifecycle = Lifecycle::running();
         capsule.take_disk(disk);
         capsule.network = Some(network);
         capsule.machine = Some(machine);
+        capsule.usage = usage;
         capsule
     }
 

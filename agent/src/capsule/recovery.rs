@@ -7,6 +7,7 @@ use super::lifecycle::{Fate, Remains};
 use super::record::{self, Record};
 use crate::disk::{self, Backend, Disk, DiskError};
 use crate::layout::{Layout, is_capsule_id};
+use crate::metrics::{Usage, keeping};
 use crate::net::slot::Slot;
 use crate::net::{CapsuleNetwork, NetError, Policy, destroy_remains, netns};
 use crate::sys::cgroup::{self, CgroupError};
@@ -95,6 +96,8 @@ pub struct LeftPaused {
     pub slot: Slot,
     /// Its disk.
     pub disk: Box<dyn Disk>,
+    /// What it used.
+    pub usage: Usage,
 }
 
 /// A capsule that runs.
@@ -108,6 +111,8 @@ pub struct LeftRunning {
     pub disk: Box<dyn Disk>,
     /// Its machine, whose guest runs.
     pub machine: Machine,
+    /// What it used.
+    pub usage: Usage,
 }
 
 /// What becomes of capsules that are whole.
@@ -292,7 +297,7 @@ fn adopt(directory: &Path, record: Record, mut machine: Machine) -> Result<LeftR
     machine.run_on().map_err(RecoveryError::Vmm)?;
     image::clean(directory, None, record.base);
     journal::take_over(directory, &record).map_err(io_error("writing the journal of", directory))?;
-    Ok(LeftRunning { record, network, disk, machine })
+    Ok(LeftRunning { record, network, disk, machine, usage: keeping::load(directory) })
 }
 
 /// Makes sure that of a paused capsule nothing is there but what belongs to a paused one.
@@ -305,7 +310,7 @@ fn settle(directory: &Path, mut record: Record) -> Result<LeftPaused, RecoveryEr
     // What the agent before this one may have left half written is no part of it.
     journal::take_over(directory, &record).map_err(io_error("writing the journal of", directory))?;
     image::clean(directory, record.image.as_ref(), record.base);
-    Ok(LeftPaused { record, slot, disk })
+    Ok(LeftPaused { record, slot, disk, usage: keeping::load(directory) })
 }
 
 /// Removes one capsule's belongings in the order of its teardown. Without a record nothing but the

@@ -1,11 +1,14 @@
 //! What is asked about a capsule that runs: to change what it may reach, and what it uses.
 
 use super::admission::Promised;
+use super::lifecycle::Goal;
 use super::limits::host_memory_mb;
 use super::{Capsule, MIB, Waiter};
 use crate::context::{Context, Report};
-use crate::metrics::Probe;
+use crate::metrics::keeping::FILE_NAME as USAGE_NAME;
+use crate::metrics::{Probe, Usage};
 use crate::net::{CapsuleNetwork, Policy, PolicyHandle};
+use std::path::PathBuf;
 use wire::message::CapsuleState;
 
 impl Capsule {
@@ -47,6 +50,12 @@ impl Capsule {
             memory_mb: sum.memory_mb + untouched,
             disk_mb: disk_mb + u64::from(self.spec.memory_mb),
         }
+    }
+
+    /// What it used and where that is to be kept; `None` for one that goes, with all that is in its directory.
+    pub fn usage_to_keep(&mut self) -> Option<(PathBuf, Usage)> {
+        let stays = self.lifecycle.goal() != Goal::Down && self.record.ready;
+        stays.then(|| (self.directory.join(USAGE_NAME), self.usage.take_changed()))
     }
 
     /// Notes what it uses now, if its VMM runs. Its disk is asked only with `with_disk`.

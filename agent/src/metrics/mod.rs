@@ -3,7 +3,9 @@
 //!
 //! - [`ring`]: samples, averages and the rings
 //! - [`probe`]: reading one VMM's figures
+//! - [`keeping`]: keeping them for the agent after this one
 
+pub mod keeping;
 pub mod probe;
 pub mod ring;
 
@@ -37,6 +39,7 @@ impl Agent {
             capsule.sample_usage(unix_ms, with_disk);
             capsule.go_on_if_room();
         }
+        self.keep_some_usage();
     }
 
     /// Answers what a capsule has used.

@@ -1,5 +1,9 @@
 //! Rings of samples: the newest of each, at a fixed distance.
 
+mod form;
+
+pub use form::{FormError, MAX_BYTES};
+
 use std::collections::VecDeque;
 
 /// The whole of a capsule's virtual CPUs.
@@ -60,7 +64,7 @@ const TIERS: [Tier; 3] = [
 ];
 
 /// The samples of one tier, the oldest first, and the sum of those whose average comes next.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Ring {
     /// With the time that each belongs to, in steps since [`EPOCH_MS`]. There are gaps where the
     /// capsule did not run.
@@ -105,17 +109,36 @@ impl Ring {
 }
 
 /// What one capsule used in the last day.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Usage {
     rings: [Ring; TIERS.len()],
+    /// There is something that was not kept yet.
+    changed: bool,
 }
 
 impl Usage {
     /// Takes a sample, at milliseconds since the epoch.
     pub fn push(&mut self, unix_ms: u64, sample: Sample) {
+        self.changed = true;
         for (ring, tier) in self.rings.iter_mut().zip(TIERS) {
             ring.push(tier, unix_ms, sample);
         }
+    }
+
+    /// Whether there is something that was not [taken](Usage::take_changed) yet, to be kept.
+    pub fn is_changed(&self) -> bool {
+        self.changed
+    }
+
+    /// What was taken could not be kept.
+    pub fn set_changed(&mut self) {
+        self.changed = true;
+    }
+
+    /// All of it as it is now, to be kept.
+    pub fn take_changed(&mut self) -> Usage {
+        self.changed = false;
+        self.clone()
     }
 
     /// The samples of the last `range_sec` seconds before the newest, the oldest first, from the finest
