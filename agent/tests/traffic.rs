@@ -17,7 +17,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::process::Command;
 use std::time::Duration;
 use support::{Machine, with_free_slot};
-use wrenn_agent::net::{CapsuleNetwork, Policy, existing_slots, firewall, host};
+use wrenn_agent::net::{CapsuleNetwork, Policy, Slot, existing_slots, firewall, host};
 
 const CLOSED: &Policy = &Policy::CLOSED;
 const OPEN: &Policy = &Policy::OPEN;
@@ -285,6 +285,47 @@ fn the_host_reaches_the_guest_by_its_own_address() {
     assert!(client.join().expect("ran").is_err(), "nobody has answered");
     drop(tap);
     network.destroy().expect("destroyed");
+    machine.check();
+}
+
+#[test]
+fn what_the_kernel_remembers_of_a_capsules_connections_goes_with_it() {
+    let Some(machine) = Machine::take() else { return };
+    let forwarding = std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward").expect("read");
+    host::install(true).expect("installed");
+    let make = || with_free_slot(|slot| CapsuleNetwork::create(slot, OPEN));
+    let ((one, one_tap), (two, two_tap)) = (make(), make());
+    let outside = Outside::new();
+    // Of the host's namespace. The capsules' own have the same addresses, and go as a whole.
+    let of = |slot: Slot| {
+        let ends = [format!(" src={} ", slot.guest_link()), format!(" dst={} ", slot.host_ip())];
+        let table = std::fs::read_to_string("/proc/net/nf_conntrack").expect("read");
+        ends.map(|end| table.lines().filter(|line| line.contains(&end)).count())
+    };
+    let connections: u16 = 2_000;
+    for (network, tap) in [(&one, &one_tap), (&two, &two_tap)] {
+        let slot = network.slot();
+        let mut frame = datagram(slot, Ipv4Addr::new(8, 8, 4, 4));
+        for port in 1..=connections {
+            frame[36..38].copy_from_slice(&port.to_be_bytes());
+            write_frame(tap, &frame);
+        }
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").expect("bound");
+        socket.send_to(b"x", (slot.host_ip(), 9)).expect("sent");
+    }
+    let (from, other) = (one.slot(), two.slot());
+    let before = of(other);
+    assert!(of(from)[0] > usize::from(connections) / 2 && of(from)[1] > 0, "{:?}", of(from));
+    drop(one_tap);
+    let begun = std::time::Instant::now();
+    one.destroy().expect("destroyed");
+    eprintln!("{connections} connections forgotten with the rest after {:?}", begun.elapsed());
+    assert_eq!(of(from), [0, 0]);
+    assert_eq!(of(other), before, "another capsule's stay");
+    drop((two_tap, outside));
+    two.destroy().expect("destroyed");
+    assert_eq!(of(other), [0, 0]);
+    std::fs::write("/proc/sys/net/ipv4/ip_forward", forwarding).expect("restored");
     machine.check();
 }
 

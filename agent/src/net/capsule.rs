@@ -1,5 +1,6 @@
 //! One capsule's network, made and unmade whole.
 
+use super::conntrack;
 use super::error::NetError;
 use super::firewall;
 use super::link::Links;
@@ -221,6 +222,13 @@ fn remove(slot: Slot, was_let_out: bool) -> Result<bool, NetError> {
     let forgotten = if was_let_out { host::forget(slot) } else { Ok(()) };
     let link = Links::open().and_then(|mut links| links.delete(&slot.host_link_name()));
     let namespace = netns::remove(&slot.namespace_name());
+    // With the link gone no packet makes a new one. Where the kernel cannot be asked, entries end by themselves, and
+    // slots are given out in turn: no reason to keep a capsule.
+    match conntrack::forget(slot) {
+        Ok(0) => {}
+        Ok(count) => log::debug!("slot {slot}: {count} connections forgotten"),
+        Err(e) => log::warn!("slot {slot}: the kernel may remember its connections until they time out: {e}"),
+    }
     forgotten?;
     Ok(link? | namespace?)
 }

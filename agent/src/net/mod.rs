@@ -8,6 +8,7 @@
 //!
 //! - [`slot`]: numbers, and the names and addresses that follow from them
 //! - [`netlink`], [`link`]: links, addresses, routes and neighbours
+//! - `conntrack`: what the kernel remembers of connections
 //! - [`netns`]: named namespaces and work inside them
 //! - [`tap`]: the guest's cable
 //! - [`policy`]: what a capsule may reach; [`firewall`]: the rules that see to it
@@ -15,6 +16,7 @@
 //! - [`metadata`]: the metadata service's protocol
 
 pub mod capsule;
+mod conntrack;
 mod error;
 pub mod firewall;
 pub mod host;

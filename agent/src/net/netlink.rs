@@ -8,7 +8,7 @@ use std::fmt;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-const NLMSG_ERROR: u16 = 2;
+pub(super) const NLMSG_ERROR: u16 = 2;
 const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
 const RTM_GETLINK: u16 = 18;
@@ -50,7 +50,7 @@ const RTPROT_STATIC: u8 = 4;
 const RT_SCOPE_UNIVERSE: u8 = 0;
 const RTN_UNICAST: u8 = 1;
 
-const HEADER_SIZE: usize = 16;
+pub(super) const HEADER_SIZE: usize = 16;
 const LINK_FIXED_SIZE: usize = 16;
 
 /// One end of a veth pair.
@@ -168,7 +168,7 @@ impl Request {
         self.0
     }
 
-    fn new(kind: u16, flags: u16) -> Request {
+    pub(super) fn new(kind: u16, flags: u16) -> Request {
         // struct nlmsghdr: length, kind, flags, sequence, port.
         let mut bytes = vec![0; 4];
         bytes.extend(kind.to_ne_bytes());
@@ -197,11 +197,16 @@ impl Request {
         self.attribute(IFLA_IFNAME, &bytes);
     }
 
-    fn attribute(&mut self, kind: u16, value: &[u8]) {
+    /// The part that comes before attributes and depends on the kind.
+    pub(super) fn fixed(&mut self, bytes: &[u8]) {
+        self.0.extend(bytes);
+    }
+
+    pub(super) fn attribute(&mut self, kind: u16, value: &[u8]) {
         self.nested(kind, |r| r.0.extend(value));
     }
 
-    fn nested(&mut self, kind: u16, fill: impl FnOnce(&mut Request)) {
+    pub(super) fn nested(&mut self, kind: u16, fill: impl FnOnce(&mut Request)) {
         let start = self.0.len();
         self.0.extend([0; 2]);
         self.0.extend(kind.to_ne_bytes());
@@ -276,7 +281,7 @@ pub fn next_answer(bytes: &mut &[u8], sequence: u32) -> Option<Answer> {
 }
 
 /// struct nlmsgerr: negative errno, the request's header, perhaps the rest of it, perhaps attributes.
-fn decode_error(message: &[u8]) -> Option<Answer> {
+pub(super) fn decode_error(message: &[u8]) -> Option<Answer> {
     let errno = i32::from_ne_bytes(message.get(16..20)?.try_into().ok()?).checked_neg()?;
     if errno == 0 {
         return Some(Answer::Done);
@@ -303,7 +308,7 @@ fn decode_link(message: &[u8]) -> Option<Link> {
     Some(Link { index, mac })
 }
 
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(u16_at(bytes, 0)?);
         let kind = u16_at(bytes, 2)?;
@@ -313,16 +318,16 @@ fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     })
 }
 
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+pub(super) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+pub(super) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
 /// `length` rounded up to 4, saturating: a length from outside must not wrap to a small one.
-fn aligned(length: usize) -> usize {
+pub(super) fn aligned(length: usize) -> usize {
     length.saturating_add(3) & !3
 }
 

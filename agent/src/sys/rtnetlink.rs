@@ -1,5 +1,5 @@
-//! The socket of the kernel's routing subsystem, rtnetlink(7): bytes out, bytes in. What the bytes mean is
-//! in [`crate::net::netlink`].
+//! The sockets of the kernel's routing subsystem, rtnetlink(7), and of its packet filter: bytes out, bytes in. What
+//! the bytes mean is in [`crate::net::netlink`].
 
 use std::io;
 use std::mem::size_of;
@@ -8,16 +8,25 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 /// How long the kernel may take to answer one request.
 const ANSWER_TIMEOUT_SEC: libc::time_t = 5;
 
-/// A connected rtnetlink socket. It acts on the network namespace of the thread that opened it, for ever.
+/// A netlink socket. It acts on the network namespace of the thread that opened it, for ever.
 #[derive(Debug)]
 pub struct Socket(OwnedFd);
 
 impl Socket {
-    /// Opens a socket on the calling thread's network namespace.
+    /// Opens a socket of the routing subsystem on the calling thread's network namespace.
     pub fn open() -> io::Result<Socket> {
+        Socket::of(libc::NETLINK_ROUTE)
+    }
+
+    /// Opens a socket of the packet filter on the calling thread's network namespace.
+    pub fn open_netfilter() -> io::Result<Socket> {
+        Socket::of(libc::NETLINK_NETFILTER)
+    }
+
+    fn of(family: libc::c_int) -> io::Result<Socket> {
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
         // SAFETY: socket takes its arguments by value.
-        let fd = super::check(unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE) })?;
+        let fd = super::check(unsafe { libc::socket(libc::AF_NETLINK, kind, family) })?;
         // SAFETY: the kernel has just given us this descriptor and nobody else knows it.
         let socket = Socket(unsafe { OwnedFd::from_raw_fd(fd) });
         let timeout = libc::timeval { tv_sec: ANSWER_TIMEOUT_SEC, tv_usec: 0 };
