@@ -273,7 +273,6 @@ use crash::crash_point;
 #[cfg(feature = "crash-points")]
 mod crash {
     use super::{Moment, Path, Phase, Step, Write, read};
-    use crate::sys::pidfd::Process;
     use std::fs::File;
 
     /// Where: `[before:|torn:]STEP.PHASE`.
@@ -309,7 +308,7 @@ mod crash {
         if matches!(kill.as_str(), "vmm" | "both") {
             let machine = read(directory).ok().flatten().and_then(|history| history.record.machine);
             if let Some(machine) = machine
-                && let Ok(process) = Process::adopt(machine.pid, machine.start_ticks)
+                && let Ok(process) = machine.open()
             {
                 let _ = process.kill();
             }

@@ -101,8 +101,7 @@ impl Capsule {
                 .map_err(MachineFailure::Record)
                 .and_then(|()| host.vmm.start(&spec, tap, namespace.as_fd()).map_err(MachineFailure::Vmm));
             CapsuleReport::MachineMade(started.and_then(|machine| {
-                let (pid, start_ticks) = (machine.pid(), machine.start_ticks());
-                record.machine = Some(ProcessRecord { pid, start_ticks });
+                record.machine = Some(ProcessRecord::of(&machine));
                 record_or_kill(machine, &record, &directory).map(Box::new)
             }))
         });
@@ -168,7 +167,7 @@ impl Capsule {
 
     /// Watches a machine that has just been started.
     pub(super) fn watch_new_machine(&mut self, ctx: &mut Context, machine: Machine) {
-        self.record.machine = Some(ProcessRecord { pid: machine.pid(), start_ticks: machine.start_ticks() });
+        self.record.machine = Some(ProcessRecord::of(&machine));
         self.shutdown_reason = None;
         self.stalled = false;
         let fds = [

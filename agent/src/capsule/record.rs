@@ -4,7 +4,9 @@
 use super::journal::{self, Phase, Step};
 use super::spec::Spec;
 use crate::net::slot::Slot;
-use crate::vmm::Image;
+use crate::sys::boot::BootId;
+use crate::sys::pidfd::Process;
+use crate::vmm::{Image, Machine};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -18,13 +20,35 @@ pub const VERSION: u32 = 3;
 /// The longest record, in bytes: the environment in base64 is most of it.
 pub const MAX_RECORD_BYTES: u64 = 262_144;
 
-/// A process, told apart from a later one with the same number by its start time.
+/// A process, told apart from a later one with the same number by its start time, and from one after a reboot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessRecord {
     /// Its number.
     pub pid: u32,
     /// When it started, in clock ticks since boot (field 22 of /proc/PID/stat).
     pub start_ticks: u64,
+    /// The run of the kernel that it started in. Agents before this one did not note it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<BootId>,
+}
+
+impl ProcessRecord {
+    /// Of a machine that runs.
+    pub fn of(machine: &Machine) -> ProcessRecord {
+        let boot = BootId::current().inspect_err(|e| log::warn!("asking which boot this is: {e}"));
+        ProcessRecord { pid: machine.pid(), start_ticks: machine.start_ticks(), boot: boot.ok() }
+    }
+
+    /// The process, if it still is that one.
+    ///
+    /// # Errors
+    /// `NotFound` when it has ended, as all have that were started before the host's last boot.
+    pub fn open(&self) -> io::Result<Process> {
+        match self.boot {
+            Some(boot) if boot != BootId::current()? => Err(io::ErrorKind::NotFound.into()),
+            _ => Process::adopt(self.pid, self.start_ticks),
+        }
+    }
 }
 
 /// One capsule's belongings.
@@ -214,6 +238,11 @@ pub(super) mod tests {
         let old = r#"{"version":1,"capsule_id":"cl-1","template":"t","vcpus":1,"memory_mb":256,"uid":7,"slot":null,"machine":null}"#;
         let old: Record = serde_json::from_str(old).expect("an older agent's");
         assert!(old.spec(9).is_none() && old.image.is_none() && !old.ready);
+        // Of an agent that did not note the boot.
+        let old = r#"{"pid":7,"start_ticks":8}"#;
+        let process: ProcessRecord = serde_json::from_str(old).expect("an older agent's");
+        assert_eq!(process, ProcessRecord { pid: 7, start_ticks: 8, boot: None });
+        assert_eq!(serde_json::to_string(&process).expect("written"), old);
     }
 
     #[test]
@@ -224,7 +253,7 @@ pub(super) mod tests {
         record.create(&directory).expect("created");
         assert_eq!(record.create(&directory).map_err(|e| e.kind()), Err(io::ErrorKind::AlreadyExists));
         record.slot = Some(7);
-        record.machine = Some(ProcessRecord { pid: 1, start_ticks: 2 });
+        record.machine = Some(ProcessRecord { pid: 1, start_ticks: 2, boot: BootId::current().ok() });
         record.note(&directory, Step::Machine, Phase::Done).expect("noted");
         let read = journal::read(&directory).expect("read").expect("there");
         assert_eq!((&read.record, read.last), (&record, (Step::Machine, Phase::Done)));

@@ -272,7 +272,7 @@ fn recover_one(directory: &Path, record: Option<Record>, take: Take) -> Result<F
 /// The machine that a record names, if it runs.
 fn running_machine(directory: &Path, record: &Record) -> Result<Option<Machine>, RecoveryError> {
     let Some(machine) = record.machine else { return Ok(None) };
-    match Process::adopt(machine.pid, machine.start_ticks) {
+    match machine.open() {
         Ok(mut process) => match process.try_wait().map_err(io_error("looking at the VMM of", directory))? {
             Some(_) => Ok(None),
             None => {
@@ -328,7 +328,7 @@ fn end_machine(directory: &Path, record: Option<&Record>) -> Result<(), Recovery
         disk::release(directory).map_err(RecoveryError::Disk)?;
     }
     if let Some(machine) = record.and_then(|r| r.machine) {
-        match Process::adopt(machine.pid, machine.start_ticks) {
+        match machine.open() {
             Ok(process) => kill(process)?,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(io_error("opening the process of", directory)(e)),
@@ -391,6 +391,37 @@ fn io_error(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Recove
 mod tests {
     use super::journal::{Phase, Step};
     use super::*;
+    use crate::sys::boot::BootId;
+
+    #[test]
+    fn a_process_of_another_boot_is_not_the_capsules() {
+        let root = std::env::temp_dir().join(format!("wrenn-boot-{}", std::process::id()));
+        let layout = Layout::new(&root);
+        layout.prepare().expect("prepared");
+        let directory = layout.sandboxes().join("cl-1");
+        let other = "00000000-0000-4000-8000-000000000000".to_string();
+        let boots = [Some(BootId::try_from(other).expect("an id")), BootId::current().ok(), None];
+        for (boot, is_capsules) in boots.into_iter().zip([false, true, true]) {
+            let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("started");
+            let process = Process::child(child.id()).expect("runs");
+            let (pid, start_ticks) = (process.pid(), process.start_ticks());
+            let machine = Some(record::ProcessRecord { pid, start_ticks, boot });
+            let destroying = Record { machine, destroying: true, image: None, ..record::tests::record() };
+            fs::create_dir(&directory).expect("made");
+            journal::begin(&directory, Step::Destroy, Phase::Begin, &destroying).expect("written");
+            // Whether it counts as a machine that runs, and whether it is ended with the capsule.
+            let opened = destroying.machine.expect("one").open().map(drop).map_err(|e| e.kind());
+            assert_eq!(opened, if is_capsules { Ok(()) } else { Err(io::ErrorKind::NotFound) }, "{boot:?}");
+            let summary = recover(&layout, Take::Over).expect("recovered");
+            // One that was ended was waited for as well.
+            let runs = matches!(child.try_wait(), Ok(None));
+            if runs {
+                child.kill().and_then(|()| child.wait()).expect("ended");
+            }
+            assert_eq!((summary.cleared, runs), (1, !is_capsules), "{boot:?}");
+        }
+        fs::remove_dir_all(&root).expect("removed");
+    }
 
     #[test]
     fn only_capsules_directories_are_cleared() {
@@ -405,7 +436,7 @@ mod tests {
         fs::write(sandboxes.join("cl-odd/record.json"), "{").expect("written");
         let record = Record {
             // Process 1 runs, but did not start then.
-            machine: Some(record::ProcessRecord { pid: 1, start_ticks: u64::MAX }),
+            machine: Some(record::ProcessRecord { pid: 1, start_ticks: u64::MAX, boot: None }),
             image: None,
             capsule_id: "cl-dead".into(),
             ..record::tests::record()
@@ -414,7 +445,8 @@ mod tests {
         // A copy of a capsule that is there: its record names what is the other's.
         let mut other = std::process::Command::new("sleep").arg("60").spawn().expect("started");
         let process = Process::child(other.id()).expect("runs");
-        let machine = record::ProcessRecord { pid: process.pid(), start_ticks: process.start_ticks() };
+        let (pid, start_ticks) = (process.pid(), process.start_ticks());
+        let machine = record::ProcessRecord { pid, start_ticks, boot: None };
         let copied = Record { machine: Some(machine), destroying: true, ..record.clone() };
         fs::create_dir(sandboxes.join("cl-copy")).expect("made");
         journal::begin(&sandboxes.join("cl-copy"), Step::Destroy, Phase::Begin, &copied).expect("written");

@@ -277,7 +277,7 @@ pub(super) fn start_from_snapshot(
         spec.restore = Some(restore.clone());
         note(directory, Step::Machine, Phase::Begin);
         let mut machine = host.vmm.start(&spec, tap, namespace.as_fd()).map_err(SaveFailure::Vmm)?;
-        record.machine = Some(ProcessRecord { pid: machine.pid(), start_ticks: machine.start_ticks() });
+        record.machine = Some(ProcessRecord::of(&machine));
         let gone_on = record
             .note(directory, Step::Machine, Phase::Done)
             .map_err(SaveFailure::Record)
@@ -423,7 +423,7 @@ fn start_restored(
     note(directory, Step::Machine, Phase::Begin);
     let vmm = host.vmm_of(merged.vmm).map_err(SaveFailure::Vmm)?;
     let mut machine = vmm.start(spec, tap, namespace.as_fd()).map_err(SaveFailure::Vmm)?;
-    let process = ProcessRecord { pid: machine.pid(), start_ticks: machine.start_ticks() };
+    let process = ProcessRecord::of(&machine);
     // Named while the capsule is still paused: an agent after this one ends it.
     let still_paused = Record { image: Some(merged), base: None, machine: Some(process), ..record.clone() };
     let runs = Record { image: None, base: Some(merged.memory), ..still_paused.clone() };

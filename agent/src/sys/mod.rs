@@ -5,6 +5,7 @@
 //! - [`rtnetlink`]: the socket of the routing subsystem
 //! - [`tun`]: TAP devices
 //! - [`pidfd`]: processes that can be waited for and killed without a race
+//! - [`boot`]: telling runs of the kernel apart
 //! - [`spawn`]: starting a program with nothing of ours but what it is given
 //! - [`cgroup`]: limits on groups of processes
 //! - [`memfd`]: files that exist only in memory
@@ -22,6 +23,7 @@
 //!
 //! What the control plane needs too is in `wire::reactor::sys`.
 
+pub mod boot;
 pub mod cgroup;
 pub mod clock;
 pub mod direct;
