@@ -2,6 +2,8 @@
 //! What runs is adopted, what is paused is kept, what was half made or half taken away is cleared away, and
 //! what no journal names is left alone.
 
+mod again;
+
 use super::journal::{self, History};
 use super::lifecycle::{Fate, Remains};
 use super::record::{self, Record};
@@ -158,40 +160,54 @@ pub fn recover(layout: &Layout, take: Take) -> Result<Summary, RecoveryError> {
         source,
     })?;
     let mut summary = Summary::default();
+    let mut again = Vec::new();
     for entry in entries.take(MAX_DIRECTORIES).flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         if !is_capsule_id(&name) || !entry.file_type().is_ok_and(|t| t.is_dir()) {
             log::warn!("{} is not a capsule's directory: left alone", entry.path().display());
             continue;
         }
-        let record = read(&entry.path());
-        let slot = record.as_ref().ok().and_then(|r| r.as_ref()?.slot());
-        match record.and_then(|record| recover_one(&entry.path(), record, take)) {
-            Ok(Found::Running(left)) => {
-                log::info!("capsule {name}: runs on");
-                summary.running.push(*left);
-            }
-            Ok(Found::Paused(left)) => {
-                log::info!("capsule {name}: paused");
-                summary.paused.push(*left);
-            }
-            Ok(Found::Cleared(why)) => {
-                log::info!("capsule {name}: cleared away: {why}");
-                summary.cleared += 1;
-            }
-            Err(e) => {
-                log::error!(
-                    "capsule {name}: {e}; it is left as it is, and looked at again at the agent's next start"
-                );
-                summary.left.push((name, slot));
-            }
-        }
+        again.extend(look_at(&mut summary, entry.path(), take, false));
     }
+    again::try_again(again, |path, is_last| look_at(&mut summary, path, take, is_last));
     // A directory that somebody else has removed leaves the disk's device without an owner.
     for name in disk::clear_orphans(&sandboxes).map_err(RecoveryError::Disk)? {
         log::warn!("the device {name} belonged to no capsule: removed");
     }
     Ok(summary)
+}
+
+/// Recovers what is in one capsule's directory, and notes what came of it. The directory is given back where that is
+/// to be tried again, which may not be after the last time.
+fn look_at(summary: &mut Summary, directory: PathBuf, take: Take, is_last: bool) -> Option<PathBuf> {
+    let name = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let record = read(&directory);
+    let slot = record.as_ref().ok().and_then(|r| r.as_ref()?.slot());
+    match record.and_then(|record| recover_one(&directory, record, take)) {
+        Ok(Found::Running(left)) => {
+            log::info!("capsule {name}: runs on");
+            summary.running.push(*left);
+        }
+        Ok(Found::Paused(left)) => {
+            log::info!("capsule {name}: paused");
+            summary.paused.push(*left);
+        }
+        Ok(Found::Cleared(why)) => {
+            log::info!("capsule {name}: cleared away: {why}");
+            summary.cleared += 1;
+        }
+        Err(e) if e.is_passing() && !is_last => {
+            log::warn!("capsule {name}: {e}; it is looked at again in a moment");
+            return Some(directory);
+        }
+        Err(e) => {
+            log::error!(
+                "capsule {name}: {e}; it is left as it is, and looked at again at the agent's next start"
+            );
+            summary.left.push((name, slot));
+        }
+    }
+    None
 }
 
 /// A capsule as its journal has it.

@@ -1,0 +1,119 @@
+//! An agent's start with a capsule whose VMM does not let itself be spoken to at first. The VMM is played by a
+//! process that sleeps and a thread that answers in its place; network, disk and journal are real.
+
+mod support;
+
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use support::{Machine, with_free_slot};
+use wrenn_agent::capsule::journal::{self, Phase, Step};
+use wrenn_agent::capsule::record::{Kept, ProcessRecord, Record, VERSION};
+use wrenn_agent::capsule::recovery::{Take, recover};
+use wrenn_agent::disk::{Backend, DiskSpec};
+use wrenn_agent::layout::Layout;
+use wrenn_agent::net::{CapsuleNetwork, Policy};
+use wrenn_agent::sys::pidfd::Process;
+
+const ID: &str = "cl-1";
+
+/// A QEMU's monitor that hangs up on those who connect, so many times.
+struct Double {
+    process: Child,
+    connections: Arc<AtomicU32>,
+}
+
+impl Double {
+    fn start(directory: &Path, hangs_up: u32) -> Double {
+        let monitor = UnixListener::bind(directory.join("qmp.sock")).expect("listening");
+        let console = UnixListener::bind(directory.join("serial.sock")).expect("listening");
+        let connections = Arc::new(AtomicU32::new(0));
+        let count = Arc::clone(&connections);
+        std::thread::spawn(move || {
+            let mut held = Vec::new();
+            for stream in monitor.incoming().flatten() {
+                held.push(console.accept());
+                if count.fetch_add(1, Ordering::SeqCst) >= hangs_up {
+                    std::thread::spawn(move || answer(stream));
+                }
+            }
+        });
+        Double { process: Command::new("sleep").arg("60").spawn().expect("started"), connections }
+    }
+}
+
+impl Drop for Double {
+    fn drop(&mut self) {
+        let _ = self.process.kill().and_then(|()| self.process.wait());
+    }
+}
+
+fn answer(stream: UnixStream) {
+    let mut out = stream.try_clone().expect("cloned");
+    let version = json!({"qemu": {"major": 7, "minor": 2, "micro": 22}});
+    writeln!(out, "{}", json!({"QMP": {"version": version, "capabilities": []}})).expect("written");
+    for line in BufReader::new(stream).lines().map_while(Result::ok) {
+        let command: Value = serde_json::from_str(&line).expect("a command");
+        let answer = match command["execute"].as_str() {
+            Some("query-status") => json!({"return": {"status": "running"}, "id": command["id"]}),
+            _ => json!({"return": {}, "id": command["id"]}),
+        };
+        writeln!(out, "{answer}").expect("written");
+    }
+}
+
+#[test]
+fn a_capsule_whose_machine_is_busy_is_adopted_a_moment_later() {
+    let Some(machine) = Machine::take() else { return };
+    let root: PathBuf = std::env::temp_dir().join(format!("wrenn-again-{}", std::process::id()));
+    let layout = Layout::new(&root);
+    layout.prepare().expect("prepared");
+    let directory = layout.capsule(ID).expect("a name");
+    let (network, tap) = with_free_slot(|slot| CapsuleNetwork::create(slot, &Policy::CLOSED));
+    let slot = network.slot();
+    let base = root.join("rootfs.ext4");
+    File::create(&base).and_then(|file| file.set_len(8 << 20)).expect("made");
+
+    // Twice is one connection and one further try; always is given up, and the capsule left.
+    for (hangs_up, connections, is_adopted) in [(0, 1, true), (2, 3, true), (u32::MAX, 4, false)] {
+        fs::create_dir(&directory).expect("made");
+        let spec = DiskSpec { base: &base, directory: &directory, size_bytes: None };
+        Backend::Overlay.create(&spec).expect("a disk");
+        let double = Double::start(&directory, hangs_up);
+        let process = Process::child(double.process.id()).expect("runs");
+        let (pid, start_ticks) = (process.pid(), process.start_ticks());
+        let record = Record {
+            version: VERSION,
+            capsule_id: ID.into(),
+            template: "minimal".into(),
+            vcpus: 1,
+            memory_mb: 256,
+            uid: 7,
+            slot: Some(slot.index()),
+            machine: Some(ProcessRecord { pid, start_ticks, boot: None }),
+            image: None,
+            base: None,
+            generation: 0,
+            ready: true,
+            destroying: false,
+            group: None,
+            kept: Kept::default(),
+        };
+        journal::begin(&directory, Step::Ready, Phase::Done, &record).expect("written");
+        let summary = recover(&layout, Take::Over).expect("recovered");
+        assert_eq!(double.connections.load(Ordering::SeqCst), connections, "{hangs_up}");
+        assert_eq!((summary.running.len(), summary.cleared), (usize::from(is_adopted), 0), "{hangs_up}");
+        let left = if is_adopted { vec![] } else { vec![(ID.to_string(), Some(slot))] };
+        assert_eq!(summary.left, left, "{hangs_up}");
+        fs::remove_dir_all(&directory).expect("removed");
+    }
+    drop(tap);
+    network.destroy().expect("destroyed");
+    fs::remove_dir_all(&root).expect("removed");
+    machine.check();
+}
