@@ -4,14 +4,17 @@
 //! - [`Qemu`]: finds the program and starts machines
 //! - `arguments`: the command line
 //! - `sockets`: the connections to it; [`Monitor`]: its control socket
+//! - `going_on`: letting a guest go on
 //! - `saving`, `memory`: what is kept of a machine that pauses
 
 mod arguments;
+mod going_on;
 mod memory;
 mod monitor;
 mod saving;
 mod sockets;
 
+pub(super) use going_on::go_on;
 pub use monitor::Monitor;
 pub(super) use saving::{run_on, save, wait_until_restored};
 pub(super) use sockets::connect;
