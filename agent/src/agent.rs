@@ -475,6 +475,7 @@ impl Agent {
                     self.answer(waiter, &failure.to_error());
                 }
             }
+            Action::RemainsStay(failure) => log::error!("capsule {id}: paused and whole, but {failure}"),
             Action::Ended => {
                 let why = capsule.lifecycle.failure().map(ToString::to_string).unwrap_or_default();
                 log::warn!("capsule {id}: ended: {why}");

@@ -1,6 +1,6 @@
 //! Why a capsule could not be made, ended, or could not be removed.
 
-use super::lifecycle::Part;
+use super::lifecycle::{PAUSED_RETRY_MS, Part};
 use std::fmt;
 use wire::message::{Code, Error};
 
@@ -18,6 +18,13 @@ pub enum Failure {
     NoRoom(String),
     /// A part could not be removed.
     Remove {
+        /// Which.
+        part: Part,
+        /// Why, with step, path and errno.
+        reason: String,
+    },
+    /// A part of one that is paused could not be removed; it is tried again and again.
+    Stays {
         /// Which.
         part: Part,
         /// Why, with step, path and errno.
@@ -55,7 +62,9 @@ impl Failure {
     /// The error code that the far end gets.
     pub fn code(&self) -> Code {
         match self {
-            Failure::Make { .. } | Failure::Remove { .. } | Failure::Save(_) => Code::Internal,
+            Failure::Make { .. } | Failure::Remove { .. } | Failure::Stays { .. } | Failure::Save(_) => {
+                Code::Internal
+            }
             Failure::NoRoom(_) => Code::ResourceExhausted,
             Failure::MachineEnded(_) | Failure::ShutDownByGuest(_) => Code::Unavailable,
             Failure::Deadline { .. } => Code::DeadlineExceeded,
@@ -78,6 +87,12 @@ impl fmt::Display for Failure {
             Failure::Remove { part, reason } => {
                 write!(f, "the {} could not be removed: {reason}; destroy it again", part.name())
             }
+            Failure::Stays { part, reason } => write!(
+                f,
+                "the {} that it had before could not be removed yet, which is tried again every {} s: {reason}",
+                part.name(),
+                PAUSED_RETRY_MS / 1000
+            ),
             Failure::Save(reason) => write!(f, "the capsule could not be saved: {reason}"),
             Failure::MachineEnded(how) => write!(f, "the virtual machine ended: {how}"),
             Failure::ShutDownByGuest(how) => write!(f, "the guest shut itself down: {how}"),

@@ -57,6 +57,10 @@ pub const MAX_REMOVE_ATTEMPTS: u32 = 6;
 /// The wait before the first further try of a removal; each next one waits twice as long.
 pub const REMOVE_RETRY_MS: u64 = 50;
 
+/// The wait before the next try where a capsule is paused and what is left of its machine or network could not be
+/// removed so often. It is tried as long as the capsule is: nothing of it is lost meanwhile.
+pub const PAUSED_RETRY_MS: u64 = 60_000;
+
 /// The state machine.
 #[derive(Debug, Clone)]
 pub struct Lifecycle {
@@ -157,7 +161,6 @@ impl Lifecycle {
     pub fn state(&self) -> CapsuleState {
         let down = self.is_down();
         match (self.goal, self.work) {
-            (Goal::Up | Goal::Paused, _) if self.gave_up => CapsuleState::Error,
             (Goal::Up | Goal::Paused, Some(Work::Resume)) => CapsuleState::Resuming,
             (Goal::Up, Some(Work::Snapshot)) => CapsuleState::Snapshotting,
             (Goal::Up, _) if self.was_ready => CapsuleState::Running,
@@ -228,7 +231,8 @@ impl Lifecycle {
             && !lasting.into_iter().any(moving);
         let is_there = match self.goal {
             Goal::Up => true,
-            Goal::Paused => self.has_no_machine(),
+            // What is left of its machine is the next agent's to remove as well.
+            Goal::Paused => self.has_no_machine() || self.remove_attempts >= MAX_REMOVE_ATTEMPTS,
             Goal::Down => self.is_down(),
         };
         is_still && (is_there || self.gave_up)
@@ -301,6 +305,7 @@ impl Lifecycle {
                     self.work = Some(Work::Resume);
                     self.resume_failure = None;
                     self.remove_attempts = 0;
+                    self.unstick();
                 }
             }
             Event::Snapshot => {
@@ -420,9 +425,21 @@ impl Lifecycle {
         if self.presence(part) == Presence::Removing {
             self.set(part, Presence::Stuck);
         }
-        self.remove_attempts += 1;
+        self.remove_attempts = self.remove_attempts.saturating_add(1);
         if self.remove_attempts < MAX_REMOVE_ATTEMPTS {
             actions.push(Action::RetryAfter(REMOVE_RETRY_MS << self.remove_attempts));
+        } else if self.image && self.goal == Goal::Paused {
+            // All of it is on disk. Whoever wants it to go on is told that it cannot yet.
+            let failure = match failure {
+                Failure::Remove { part, reason } => Failure::Stays { part, reason },
+                other => other,
+            };
+            if let Some(work) = self.work.take() {
+                self.resume_failure = None;
+                actions.push(Action::Failed(work, failure.clone()));
+            }
+            actions.push(Action::RemainsStay(failure));
+            actions.push(Action::RetryAfter(PAUSED_RETRY_MS));
         } else if !self.gave_up {
             self.gave_up = true;
             self.creating = false;

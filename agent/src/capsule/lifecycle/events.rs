@@ -71,6 +71,8 @@ pub enum Action {
     Destroyed,
     /// Tell whoever wanted it destroyed, or made, that remains are left.
     DestroyFailed(Failure),
+    /// Tell a person that a paused capsule's machine or network is still there, and is tried to be removed.
+    RemainsStay(Failure),
     /// The capsule has ended by itself; nothing of it is left but what is told of it.
     Ended,
     /// Forget the capsule.

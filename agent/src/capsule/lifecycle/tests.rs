@@ -149,6 +149,40 @@ fn removal_is_tried_again_and_given_up_in_error() {
 }
 
 #[test]
+fn what_stays_of_a_paused_capsules_machine_does_not_make_it_an_error() {
+    let mut life = after_up(&PAUSED[..4]);
+    let remove = Failure::Remove { part: Network, reason: "busy".into() };
+    let stays = Failure::Stays { part: Network, reason: "busy".into() };
+    let fail = |life: &mut Lifecycle| {
+        for attempt in 1..MAX_REMOVE_ATTEMPTS {
+            let failed = life.handle(Event::RemoveFailed(Network, remove.clone()));
+            assert_eq!(failed, [RetryAfter(REMOVE_RETRY_MS << attempt)]);
+            assert_eq!(life.handle(Event::RetryDue), [Remove(Network)]);
+        }
+        life.handle(Event::RemoveFailed(Network, remove.clone()))
+    };
+    assert!(!life.is_settled(), "it is being removed");
+    assert_eq!(fail(&mut life), [RemainsStay(stays.clone()), RetryAfter(PAUSED_RETRY_MS)]);
+    assert_eq!(life.state(), CapsuleState::Paused);
+    assert!(life.is_settled() && !life.is_at_rest(), "an agent may end, nothing is packed");
+    // As often as it takes, and told each time.
+    for _ in 0..3 {
+        assert_eq!(life.handle(Event::RetryDue), [Remove(Network)]);
+        let failed = life.handle(Event::RemoveFailed(Network, remove.clone()));
+        assert_eq!(failed, [RemainsStay(stays.clone()), RetryAfter(PAUSED_RETRY_MS)]);
+    }
+    // Whoever wants it has it tried at once, and is told.
+    assert_eq!(life.handle(Event::Resume), [Remove(Network)]);
+    let failed = [Failed(Work::Resume, stays.clone()), RemainsStay(stays), RetryAfter(PAUSED_RETRY_MS)];
+    assert_eq!(fail(&mut life), failed);
+    assert_eq!(life.state(), CapsuleState::Paused);
+    assert_eq!(life.handle(Event::RetryDue), [Remove(Network)]);
+    assert_eq!(life.handle(Event::Removed(Network)), []);
+    assert!(life.is_at_rest() && life.has_image());
+    assert_eq!(life.handle(Event::Resume), [Make(Network)]);
+}
+
+#[test]
 fn destroyed_before_it_was_made() {
     let mut life = Lifecycle::new();
     assert_eq!(life.handle(Event::Shutdown), [CreateFailed(Failure::ShuttingDown), Destroyed, Forget]);
@@ -493,7 +527,7 @@ fn every_interleaving_ends_with_nothing_left() {
                     }
                     Created | CreateFailed(_) => answers += 1,
                     Forget => forgotten = true,
-                    Destroyed | DestroyFailed(_) | Ended => {}
+                    Destroyed | DestroyFailed(_) | RemainsStay(_) | Ended => {}
                 }
             }
             if life.is_at_rest() {
