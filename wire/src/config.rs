@@ -8,11 +8,14 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// The longest `.env` file that is read, in bytes.
 pub const MAX_DOT_ENV_BYTES: u64 = 65_536;
+/// Permissions that an `.env` file with a secret in it may give to nobody but its owner, as a `host-token`.
+const OPEN_TO_OTHERS: u32 = 0o077;
 /// The longest value of a variable, in bytes.
 pub const MAX_VALUE_BYTES: usize = 4096;
 /// The shortest signing secret: 256 bits as hex digits are twice that, 32 random characters are enough.
@@ -363,6 +366,15 @@ pub enum ConfigError {
         /// Why.
         reason: String,
     },
+    /// The `.env` file has a secret, and others than its owner may read or change it.
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Its permissions.
+        mode: u32,
+        /// The variable.
+        name: &'static str,
+    },
 }
 
 impl fmt::Display for ConfigError {
@@ -389,6 +401,12 @@ impl fmt::Display for ConfigError {
             ConfigError::Unreadable { path, reason } => {
                 write!(f, "{} cannot be read: {reason}", path.display())
             }
+            ConfigError::Open { path, mode, name } => write!(
+                f,
+                "{} has mode {mode:04o}, so that others can read or change {name}: run `chmod 600 {0}`, and where \
+                 somebody may have read it, put a new value there",
+                path.display()
+            ),
         }
     }
 }
@@ -453,16 +471,20 @@ impl Settings {
     }
 
     /// [`Settings::read`] of this process's environment and the `.env` file at `path`, which may be
-    /// missing.
+    /// missing. With a secret in it, it has to be its owner's alone.
     pub fn load(program: Program, path: &Path) -> Result<Settings, Vec<ConfigError>> {
         let unreadable =
             |reason: String| Err(vec![ConfigError::Unreadable { path: path.to_path_buf(), reason }]);
+        let mut mode = 0;
         let text = match std::fs::metadata(path) {
             Ok(m) if m.len() > MAX_DOT_ENV_BYTES => {
                 return unreadable(format!("it is longer than {MAX_DOT_ENV_BYTES} bytes"));
             }
-            Ok(_) => match std::fs::read_to_string(path) {
-                Ok(text) => text,
+            Ok(m) => match std::fs::read_to_string(path) {
+                Ok(text) => {
+                    mode = m.mode() & 0o7777;
+                    text
+                }
                 Err(e) => return unreadable(e.to_string()),
             },
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
@@ -472,7 +494,12 @@ impl Settings {
         // where it matters and ignored where it does not.
         let environment = std::env::vars_os()
             .map(|(n, v)| (n.to_string_lossy().into_owned(), v.to_string_lossy().into_owned()));
-        Settings::read(program, environment, &text)
+        let settings = Settings::read(program, environment, &text);
+        let open = (mode & OPEN_TO_OTHERS != 0).then(|| secret_in(&text)).flatten();
+        let Some(name) = open else { return settings };
+        let mut errors = settings.err().unwrap_or_default();
+        errors.push(ConfigError::Open { path: path.to_path_buf(), mode, name });
+        Err(errors)
     }
 
     /// The value of a variable, if it is set or has a default.
@@ -595,6 +622,13 @@ impl fmt::Display for HttpUrl {
     }
 }
 
+/// A secret that an `.env` file gives, whichever program it is for.
+fn secret_in(dot_env: &str) -> Option<&'static str> {
+    let pairs = parse_dot_env(dot_env).ok()?;
+    let given = pairs.iter().filter(|(_, value)| !value.is_empty());
+    given.filter_map(|(name, _)| find(name)).find(|row| row.kind.is_secret()).map(|row| row.name)
+}
+
 fn find(name: &str) -> Option<&'static Variable> {
     VARIABLES.iter().find(|v| v.name == name)
 }
@@ -694,6 +728,42 @@ mod tests {
 
     fn read(program: Program, pairs: &[(&str, &str)], file: &str) -> Result<Settings, Vec<ConfigError>> {
         Settings::read(program, pairs.iter().map(|(n, v)| (n.to_string(), v.to_string())), file)
+    }
+
+    #[test]
+    fn a_file_with_a_secret_is_its_owners_alone() {
+        use std::os::unix::fs::PermissionsExt;
+        let path = std::env::temp_dir().join(format!("wrenn-dot-env-{}", std::process::id()));
+        let open = |text: &str, mode: u32| {
+            std::fs::write(&path, text).expect("written");
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).expect("its mode");
+            let result =
+                [Program::ControlPlane, Program::Agent].map(|program| Settings::load(program, &path));
+            result.map(|loaded| match loaded {
+                Ok(_) => None,
+                Err(errors) => errors.into_iter().find(|e| matches!(e, ConfigError::Open { .. })),
+            })
+        };
+        let secret = format!("LOG_LEVEL=info\nJWT_SECRET={}\n", "x".repeat(MIN_SECRET_BYTES));
+        let database = "DATABASE_URL=postgres://u:p@h/d\n".to_string();
+        for (text, name) in [(&secret, "JWT_SECRET"), (&database, "DATABASE_URL")] {
+            for mode in [0o644, 0o640, 0o604, 0o620, 0o602, 0o666] {
+                let expected = ConfigError::Open { path: path.clone(), mode, name };
+                assert_eq!(open(text, mode), [Some(expected.clone()), Some(expected)], "{mode:o}");
+            }
+            assert_eq!(open(text, 0o600), [None, None]);
+            assert_eq!(open(text, 0o400), [None, None]);
+        }
+        // Nothing in it is secret.
+        assert_eq!(open("LOG_LEVEL=info\nJWT_SECRET=\n# JWT_SECRET=x\n", 0o644), [None, None]);
+        // Whatever else is wrong is told with it.
+        std::fs::write(&path, format!("{secret}LOG_LEVEL=loud\n")).expect("written");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).expect("its mode");
+        let errors = Settings::load(Program::Agent, &path).expect_err("both");
+        std::fs::remove_file(&path).expect("removed");
+        assert_eq!(errors.len(), 2, "{errors:?}");
+        let text = errors[1].to_string();
+        assert!(text.contains("mode 0644") && text.contains("chmod 600") && !text.contains("xxx"), "{text}");
     }
 
     #[test]
