@@ -19,6 +19,7 @@ const KVM_GET_SUPPORTED_CPUID: libc::Ioctl = 0xc008_ae05;
 const KVM_CREATE_VCPU: libc::Ioctl = 0xae41;
 const KVM_SET_USER_MEMORY_REGION: libc::Ioctl = 0x4020_ae46;
 const KVM_SET_TSS_ADDR: libc::Ioctl = 0xae47;
+const KVM_CREATE_IRQCHIP: libc::Ioctl = 0xae60;
 const KVM_RUN: libc::Ioctl = 0xae80;
 const KVM_SET_REGS: libc::Ioctl = 0x4090_ae82;
 const KVM_GET_SREGS: libc::Ioctl = 0x8138_ae83;
@@ -219,6 +220,9 @@ fn run_program() -> Result<(), Step> {
     let machine = owned(call(&kvm, KVM_CREATE_VM, 0, Step::CreateMachine)?);
     // Only Intel's needs it.
     let _ = call(&machine, KVM_SET_TSS_ADDR, TSS_ADDRESS, Step::CreateMachine);
+    // VMMs have it as well. And the first processor without one has KVM change its own code while machines run,
+    // with a word to every processor of the host; in one that is emulated this stopped a running machine for good.
+    call(&machine, KVM_CREATE_IRQCHIP, 0, Step::CreateMachine)?;
 
     let memory = map(-1, MEMORY_BYTES, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, Step::Memory)?;
     let put = |address: u64, value: u64| {

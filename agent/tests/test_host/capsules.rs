@@ -1,9 +1,8 @@
 //! Capsules as a real host runs them: guests in KVM, disks by device-mapper, through the agent as a program.
 
-use crate::Case;
 use crate::common::{Agent, Client, Place, creation, use_vmm};
 use crate::disks::device_names;
-use crate::lifecycle;
+use crate::{Case, lifecycle, sweep};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
@@ -35,6 +34,12 @@ pub const CASES: &[Case] = &[
     ("firecracker: snapshots", |_| {
         in_firecracker(lifecycle::capsules_start_from_a_snapshot_where_it_was_and_are_apart);
     }),
+    ("firecracker: sweep, making", |_| {
+        swept(sweep::a_crash_at_any_entry_of_making_and_destroying_loses_and_leaks_nothing);
+    }),
+    ("firecracker: sweep, pausing", |_| {
+        swept(sweep::a_crash_at_any_entry_of_pausing_resuming_and_snapshots_loses_and_leaks_nothing);
+    }),
 ];
 pub const FIRECRACKER: &str = "/testhost/firecracker";
 
@@ -55,6 +60,15 @@ pub fn in_firecracker(case: fn()) {
             "  SKIPPED: no Firecracker was given: none on PATH, and WRENN_FIRECRACKER_BIN names none; what is \
              left are the tests with the double"
         ),
+    }
+}
+
+/// Runs a crash sweep in Firecracker.
+fn swept(sweep: fn()) {
+    if cfg!(feature = "crash-points") {
+        in_firecracker(sweep);
+    } else {
+        println!("  SKIPPED: this program was built without the feature crash-points");
     }
 }
 

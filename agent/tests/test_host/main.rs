@@ -10,14 +10,18 @@ mod groups;
 mod host;
 #[path = "../common/lifecycle.rs"]
 mod lifecycle;
+#[path = "../common/sweep.rs"]
+mod sweep;
+#[path = "../../../tests/testhost/boot.rs"]
+mod test_host;
 mod unit;
 
 use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Set in the test host: a directory on a small file system of its own.
-const INSIDE: &str = "WRENN_TEST_HOST_WORK";
+/// A file on the test host's disk with a text: only cases that have it in their names are run.
+const ONLY: &str = "only";
 
 /// Set in the test host: which half of the cases is to run.
 const HALF: &str = "WRENN_TEST_HOST_HALF";
@@ -54,12 +58,13 @@ type Case = (&'static str, fn(&Path));
 
 #[test]
 fn disks_and_capsules_on_a_host_with_device_mapper_and_kvm() {
-    let Some(work) = std::env::var_os(INSIDE).map(PathBuf::from) else { return host::run() };
+    let Some(work) = std::env::var_os(test_host::INSIDE).map(PathBuf::from) else { return host::run() };
     disks::crash_if_told();
     let half = std::env::var(HALF).expect("which half");
     let half = Half::ALL.into_iter().find(|known| known.name() == half).expect("a known half");
+    let only = std::fs::read_to_string(work.join(ONLY)).unwrap_or_default();
     let mut failed = Vec::new();
-    for (name, case) in half.cases() {
+    for (name, case) in half.cases().into_iter().filter(|(name, _)| name.contains(&only)) {
         let began = Instant::now();
         let directory = work.join(name.replace(' ', "-"));
         std::fs::create_dir(&directory).expect("a directory for the case");

@@ -14,14 +14,19 @@ use std::time::{Duration, Instant};
 use wrenn_tests::process::wait_until;
 use wrenn_tests::{Context, Failure, Result};
 
-const TIMEOUT: Duration = Duration::from_millis(DEADLINE_MS as u64);
+pub const TIMEOUT: Duration = Duration::from_millis(DEADLINE_MS as u64);
 /// What the guest's init says first when the kernel command line has `wrenn.announce`.
-const ANNOUNCEMENT: &str = "wrenn-init: started";
+pub const ANNOUNCEMENT: &str = "wrenn-init: started";
+/// What the agent tells a kernel, but for the network.
+pub const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=1 mitigations=off tsc=reliable no_timer_check \
+                                reboot=t panic=-1 random.trust_cpu=on root=/dev/vda rw wrenn.announce";
 /// How often QEMU is asked whether the guest runs.
 const POLL: Duration = Duration::from_millis(1);
 
 /// What a bare VMM takes.
 pub struct Floor {
+    /// From the VMM's exec until the guest's init speaks.
+    pub boot: Duration,
     /// To save, for the first time after the boot.
     pub save: Duration,
     /// The same before anything is synced: what would be lost with the power.
@@ -36,7 +41,9 @@ pub struct Floor {
 pub fn measure(directory: &Path, data: &Path) -> Result<Floor> {
     let place = Place { directory: directory.join("bare"), data: data.to_path_buf() };
     fs::create_dir_all(&place.directory).context(place.directory.display())?;
+    let began = Instant::now();
     let mut machine = place.boot()?;
+    let boot = began.elapsed();
     std::thread::sleep(SETTLE);
     let began = Instant::now();
     machine.command("stop", Value::Null)?;
@@ -58,7 +65,16 @@ pub fn measure(directory: &Path, data: &Path) -> Result<Floor> {
     let restore = began.elapsed();
     drop(machine);
     fs::remove_dir_all(&place.directory).context(place.directory.display())?;
-    Ok(Floor { save, unsynced, restore, bytes })
+    Ok(Floor { boot, save, unsynced, restore, bytes })
+}
+
+/// A file of the guest's kernels, by how its name begins.
+pub fn boot_file(data: &Path, prefix: &str) -> Result<PathBuf> {
+    let kernels = data.join("kernels");
+    let entries = fs::read_dir(&kernels).into_iter().flatten().flatten();
+    let mut paths = entries.map(|e| e.path());
+    let found = paths.find(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(prefix)));
+    found.ok_or_else(|| Failure(format!("{} has no {prefix}*", kernels.display())))
 }
 
 struct Place {
@@ -106,21 +122,10 @@ impl Place {
     }
 
     fn boot(&self) -> Result<Machine> {
-        let kernels = self.data.join("kernels");
-        let file = |prefix: &str| {
-            let entries = fs::read_dir(&kernels).into_iter().flatten().flatten();
-            let mut paths = entries.map(|e| e.path());
-            let found =
-                paths.find(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(prefix)));
-            found.ok_or_else(|| Failure(format!("{} has no {prefix}*", kernels.display())))
-        };
         let mut command = self.command("on");
-        command.arg("-kernel").arg(file("vmlinux")?).arg("-initrd").arg(file("initramfs")?).args([
-            "-append",
-            "console=ttyS0 quiet loglevel=1 mitigations=off tsc=reliable no_timer_check reboot=t panic=-1 \
-             random.trust_cpu=on root=/dev/vda rw cryptomgr.notests noreplace-smp init_on_alloc=0 \
-             wrenn.announce",
-        ]);
+        command.arg("-kernel").arg(boot_file(&self.data, "vmlinux")?);
+        command.arg("-initrd").arg(boot_file(&self.data, "initramfs")?);
+        command.arg("-append").arg(format!("{COMMAND_LINE} cryptomgr.notests noreplace-smp init_on_alloc=0"));
         let machine = Machine::start(command, &self.directory.join("qmp"))?;
         wait_until("the bare guest's init", TIMEOUT, || {
             fs::read(self.console()).is_ok_and(|said| String::from_utf8_lossy(&said).contains(ANNOUNCEMENT))

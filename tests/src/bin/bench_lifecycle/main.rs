@@ -6,16 +6,23 @@
 //! - memory of the agent, idle and for each capsule;
 //! - deciding what happens to one of 10, 100 and 1,000 capsules, with a simulated VMM.
 //!
-//! `bench-lifecycle [pauses] [clones] [decisions]`: these parts alone.
+//! `bench-lifecycle [pauses] [clones] [decisions] [firecracker]`: these parts alone. The last one is the first two
+//! in Firecracker, where one is on PATH or named by WRENN_FIRECRACKER_BIN: on this machine when it has KVM and
+//! device-mapper, and else in the test host, where KVM is translated: its ratios tell more than its times.
 
 mod bare;
+mod bare_firecracker;
 mod simulated;
+#[path = "../../../testhost/boot.rs"]
+mod test_host;
+mod vmm;
 
 use std::fs;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
+use vmm::Vmm;
 use wire::auth::{ITERATIONS, Verifier};
 use wire::client::{Client, Identity};
 use wire::message::{
@@ -23,7 +30,7 @@ use wire::message::{
     SnapshotDelete, SnapshotInfo,
 };
 use wrenn_tests::process::{Background, random_hex, tail, wait_until, write_secret};
-use wrenn_tests::stack::{link_tree, project_root};
+use wrenn_tests::stack::link_tree;
 use wrenn_tests::{Context, Failure, Result, percentile};
 
 /// Guest memory of every machine, in MiB.
@@ -41,7 +48,8 @@ const SETTLE: Duration = Duration::from_secs(2);
 const SLOTS: &str = "58000-58099";
 
 /// What there is to measure.
-const PARTS: [&str; 3] = ["pauses", "clones", "decisions"];
+const PARTS: [&str; 4] = ["pauses", "clones", "decisions", FIRECRACKER];
+const FIRECRACKER: &str = "firecracker";
 
 fn main() -> ExitCode {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
@@ -49,7 +57,8 @@ fn main() -> ExitCode {
         eprintln!("{unknown:?} is none of {}", PARTS.join(", "));
         return ExitCode::FAILURE;
     }
-    let directory = PathBuf::from(format!("/var/tmp/wrenn-bench-lifecycle-{}", std::process::id()));
+    let base = std::env::var_os(test_host::INSIDE).map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
+    let directory = base.join(format!("wrenn-bench-lifecycle-{}", std::process::id()));
     let done = bench(&directory, |part| wanted.is_empty() || wanted.iter().any(|w| w == part));
     let _ = fs::remove_dir_all(&directory);
     match done {
@@ -62,20 +71,37 @@ fn main() -> ExitCode {
 }
 
 fn bench(directory: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
+    fs::create_dir_all(directory).context(directory.display())?;
     if is_wanted("pauses") || is_wanted("clones") {
-        fs::create_dir_all(directory).context(directory.display())?;
-        let mut host = Host::start(directory)?;
-        let idle_kb = host.resident_kb()?;
-        let restore = pauses(&mut host, directory)?;
-        if is_wanted("clones") {
-            clones(&mut host, restore, idle_kb)?;
-        }
-        host.stop()?;
+        measure(Vmm::Qemu, directory, is_wanted("clones"))?;
     }
     if is_wanted("decisions") {
         simulated::measure();
     }
+    if is_wanted(FIRECRACKER) {
+        match test_host::firecracker() {
+            None => println!(
+                "{FIRECRACKER:<24} SKIPPED: none on PATH, and WRENN_FIRECRACKER_BIN names none; its figures need one"
+            ),
+            Some((program, _)) if vmm::can_run_firecracker() => {
+                measure(Vmm::Firecracker(program), directory, true)?;
+            }
+            Some(programs) => vmm::in_test_host(programs)?,
+        }
+    }
     Ok(())
+}
+
+/// The figures of an agent with this VMM.
+fn measure(vmm: Vmm, directory: &Path, clones_too: bool) -> Result<()> {
+    println!("{}", vmm.name());
+    let mut host = Host::start(vmm, &directory.join("data"))?;
+    let idle_kb = host.resident_kb()?;
+    let restore = pauses(&mut host, directory)?;
+    if clones_too {
+        clones(&mut host, restore, idle_kb)?;
+    }
+    host.stop()
 }
 
 /// Milliseconds.
@@ -93,14 +119,15 @@ fn tell(what: &str, ours: Duration, floor_name: &str, floor: Duration) {
 struct Host {
     agent: Background,
     client: Client,
+    vmm: Vmm,
     data: PathBuf,
 }
 
 impl Host {
-    fn start(directory: &Path) -> Result<Host> {
-        let builds = project_root().join("builds");
-        let data = directory.join("data");
-        link_tree(&builds.join("guest"), &data)?;
+    fn start(vmm: Vmm, data: &Path) -> Result<Host> {
+        let (guest, program) = vmm::builds();
+        let _ = fs::remove_dir_all(data);
+        link_tree(&guest, data)?;
         let secret = random_hex(16)?;
         let verifier = Verifier::new(secret.as_bytes(), &[7; 16], ITERATIONS).to_text();
         let token = serde_json::json!({"host_id": "host-bench", "token": "t", "refresh_token": "r",
@@ -109,17 +136,18 @@ impl Host {
         let listener = TcpListener::bind("127.0.0.1:0").context("find a free port")?;
         let address = listener.local_addr().context("find a free port")?.to_string();
         drop(listener);
-        let mut command = Command::new(builds.join("wrenn-agent"));
-        command.env_remove("WRENN_CP_URL").env("WRENN_DIR", &data).env("LOG_LEVEL", "debug");
+        let mut command = Command::new(program);
+        vmm.choose(&mut command);
+        command.env_remove("WRENN_CP_URL").env("WRENN_DIR", data).env("LOG_LEVEL", "debug");
         command.env("WRENN_HOST_LISTEN_ADDR", &address).env("WRENN_SLOTS", SLOTS);
         // Clones of a capsule that does nothing need no processor.
-        command.env("WRENN_VCPU_OVERCOMMIT", "64").current_dir(directory);
-        let agent = Background::start(command, None, &directory.join("agent.log"), None)?;
+        command.env("WRENN_VCPU_OVERCOMMIT", "64").current_dir(data);
+        let agent = Background::start(command, None, &data.join("agent.log"), None)?;
         wait_until("the agent to listen", TIMEOUT, || TcpStream::connect(&address).is_ok())
             .context(tail(&agent.log))?;
         let identity = Identity { name: "cp", secret: secret.as_bytes(), program: "bench/1" };
         let client = Client::connect(address.as_str(), identity, TIMEOUT).context("connect to the agent")?;
-        Ok(Host { agent, client, data })
+        Ok(Host { agent, client, vmm, data: data.to_owned() })
     }
 
     fn create(&mut self, id: &str, template: &str) -> Result<Duration> {
@@ -191,11 +219,11 @@ fn kilobytes(text: &str, name: &str) -> Option<u64> {
 /// Returns how long a bare VMM takes to restore.
 fn pauses(host: &mut Host, directory: &Path) -> Result<Duration> {
     let (mut floors, mut first, mut first_saved) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut first_gone, mut gone) = (Vec::new(), Vec::new());
+    let (mut first_gone, mut gone, mut created) = (Vec::new(), Vec::new(), Vec::new());
     // In turns, so that both see the same disk.
     for _ in 0..FIRST_ROUNDS {
-        floors.push(bare::measure(directory, &host.data)?);
-        host.create("cl-first", "minimal")?;
+        floors.push(host.vmm.floor(directory, &host.data)?);
+        created.push(host.create("cl-first", "minimal")?);
         std::thread::sleep(SETTLE);
         first.push(host.pause("cl-first")?);
         first_saved.push(host.logged("saved in ")?);
@@ -204,6 +232,12 @@ fn pauses(host: &mut Host, directory: &Path) -> Result<Duration> {
     }
     let median =
         |of: fn(&bare::Floor) -> Duration| percentile(&mut floors.iter().map(of).collect::<Vec<_>>(), 0.5);
+    tell(
+        "create to guest daemon",
+        percentile(&mut created, 0.5),
+        "bare boot to its init",
+        median(|f| f.boot),
+    );
     let (save, unsynced, restore) = (median(|f| f.save), median(|f| f.unsynced), median(|f| f.restore));
     let mib = floors.iter().map(|f| f.bytes).max().unwrap_or(0) >> 20;
     println!(
@@ -287,12 +321,13 @@ fn clones(host: &mut Host, floor: Duration, idle_kb: u64) -> Result<()> {
 
 /// The VMM of a capsule, which has its id on its command line.
 fn machine(id: &str) -> Result<u32> {
-    let wanted = format!("guest={id},");
+    let wanted = [format!("guest={id},"), format!("--id\0{id}\0")];
     let processes = fs::read_dir("/proc").context("/proc")?.flatten();
     let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let found = pids.find(|pid| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        String::from_utf8_lossy(&line).contains(&wanted)
+        let line = String::from_utf8_lossy(&line);
+        wanted.iter().any(|wanted| line.contains(wanted))
     });
     found.ok_or_else(|| Failure(format!("{id} has no process")))
 }
