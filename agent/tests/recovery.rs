@@ -17,8 +17,10 @@ use wrenn_agent::capsule::record::{Kept, ProcessRecord, Record, VERSION};
 use wrenn_agent::capsule::recovery::{Take, recover};
 use wrenn_agent::disk::{Backend, DiskSpec};
 use wrenn_agent::layout::Layout;
-use wrenn_agent::net::{CapsuleNetwork, Policy};
+use wrenn_agent::net::{CapsuleNetwork, Policy, Slot};
 use wrenn_agent::sys::pidfd::Process;
+use wrenn_agent::vmm::Kind;
+use wrenn_agent::vmm::image::Image;
 
 const ID: &str = "cl-1";
 
@@ -67,6 +69,55 @@ fn answer(stream: UnixStream) {
     }
 }
 
+fn record(slot: Slot) -> Record {
+    Record {
+        version: VERSION,
+        capsule_id: ID.into(),
+        template: "minimal".into(),
+        vcpus: 1,
+        memory_mb: 256,
+        uid: 7,
+        slot: Some(slot.index()),
+        machine: None,
+        image: None,
+        base: None,
+        generation: 0,
+        ready: true,
+        destroying: false,
+        group: None,
+        kept: Kept::default(),
+    }
+}
+
+#[test]
+fn a_paused_capsule_keeps_nothing_of_what_it_ran_from_before() {
+    let root: PathBuf = std::env::temp_dir().join(format!("wrenn-settled-{}", std::process::id()));
+    let layout = Layout::new(&root);
+    layout.prepare().expect("prepared");
+    let directory = layout.capsule(ID).expect("a name");
+    fs::create_dir(&directory).expect("made");
+    let template = root.join("rootfs.ext4");
+    File::create(&template).and_then(|file| file.set_len(8 << 20)).expect("made");
+    let spec = DiskSpec { base: &template, directory: &directory, size_bytes: None };
+    Backend::Overlay.create(&spec).expect("a disk");
+    for file in ["memory-1", "memory-5", "state-5", "state-4"] {
+        fs::write(directory.join(file), "x").expect("written");
+    }
+    // Killed once all of a memory was saved, while the machine still held the file that it was restored from.
+    let image = Image { memory: 5, delta: None, state: 5, packed: false, vmm: Kind::Qemu };
+    let slot = Slot::new(1).expect("a slot");
+    let record = Record { image: Some(image), base: Some(1), generation: 5, ..record(slot) };
+    journal::begin(&directory, Step::Save, Phase::Done, &record).expect("written");
+    let summary = recover(&layout, Take::Over).expect("recovered");
+    let [left] = &summary.paused[..] else { panic!("one paused capsule, not {:?}", summary.left) };
+    assert_eq!((left.record.image, left.record.base), (Some(image), None));
+    let is_there = |file: &&str| directory.join(file).exists();
+    let files: Vec<&str> =
+        ["memory-1", "memory-5", "state-5", "state-4"].into_iter().filter(is_there).collect();
+    assert_eq!(files, ["memory-5", "state-5"]);
+    fs::remove_dir_all(&root).expect("removed");
+}
+
 #[test]
 fn a_capsule_whose_machine_is_busy_is_adopted_a_moment_later() {
     let Some(machine) = Machine::take() else { return };
@@ -87,23 +138,8 @@ fn a_capsule_whose_machine_is_busy_is_adopted_a_moment_later() {
         let double = Double::start(&directory, hangs_up);
         let process = Process::child(double.process.id()).expect("runs");
         let (pid, start_ticks) = (process.pid(), process.start_ticks());
-        let record = Record {
-            version: VERSION,
-            capsule_id: ID.into(),
-            template: "minimal".into(),
-            vcpus: 1,
-            memory_mb: 256,
-            uid: 7,
-            slot: Some(slot.index()),
-            machine: Some(ProcessRecord { pid, start_ticks, boot: None }),
-            image: None,
-            base: None,
-            generation: 0,
-            ready: true,
-            destroying: false,
-            group: None,
-            kept: Kept::default(),
-        };
+        let machine = Some(ProcessRecord { pid, start_ticks, boot: None });
+        let record = Record { machine, ..record(slot) };
         journal::begin(&directory, Step::Ready, Phase::Done, &record).expect("written");
         let summary = recover(&layout, Take::Over).expect("recovered");
         assert_eq!(double.connections.load(Ordering::SeqCst), connections, "{hangs_up}");

@@ -323,6 +323,8 @@ fn settle(directory: &Path, mut record: Record) -> Result<LeftPaused, RecoveryEr
     let disk = Backend::open(directory).map_err(RecoveryError::Disk)?;
     let disk = disk.ok_or_else(|| RecoveryError::Incomplete(directory.to_owned()))?;
     record.machine = None;
+    // A machine that has ended holds nothing of what it was restored from.
+    record.base = None;
     // What the agent before this one may have left half written is no part of it.
     journal::take_over(directory, &record).map_err(io_error("writing the journal of", directory))?;
     image::clean(directory, record.image.as_ref(), record.base);
