@@ -15,6 +15,9 @@ use wire::message::{
 };
 use wrenn_agent::ending::Ending;
 
+/// What storage in memory is given out by.
+const PAGE_BYTES: usize = 4_096;
+
 fn state(cp: &mut Client, id: &str) -> CapsuleState {
     let info: CapsuleInfo = cp.ask(&CapsuleGet { capsule_id: id.into() }).expect("known");
     info.state
@@ -190,8 +193,12 @@ fn an_agent_that_starts_on_full_storage_goes_on_with_what_is_there() {
         assert!(begun.elapsed() < PATIENCE, "its network stays");
         std::thread::sleep(Duration::from_millis(10));
     }
-    let journal = std::fs::File::options().append(true).open(path);
-    journal.and_then(|mut file| std::io::Write::write_all(&mut file, b"0123456789abcdef {")).expect("torn");
+    let mut journal = std::fs::File::options().append(true).open(path).expect("a journal");
+    let mut torn = b"0123456789abcdef {".to_vec();
+    // To the end of a page: on full storage what is in the last one's rest still fits.
+    let length = journal.metadata().expect("examined").len() as usize + torn.len();
+    torn.resize(torn.len() + length.next_multiple_of(PAGE_BYTES) - length, b'x');
+    std::io::Write::write_all(&mut journal, &torn).expect("torn");
     // What its guest has begun to write is on its disk before there is no more room.
     shell(&mut cp, "cl-awake", "sync");
     let ballast = storage.fill();
