@@ -185,13 +185,20 @@ impl Record {
     }
 }
 
+/// How often a directory is emptied: a worker that is about to keep the capsule's figures makes a file and gives it
+/// its name.
+const REMOVE_TRIES: u32 = 3;
+
 /// Removes a capsule's directory with all in it; one that is gone is no error. Blocks.
 pub fn remove(directory: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(directory) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        other => other?,
+    let mut tries = 1;
+    loop {
+        match fs::remove_dir_all(directory) {
+            Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty && tries < REMOVE_TRIES => tries += 1,
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => return sync_parent(directory),
+        }
     }
-    sync_parent(directory)
 }
 
 /// Puts a directory's name, or that it is gone, on disk.
