@@ -12,7 +12,9 @@ use serde_json::json;
 use std::fs::OpenOptions;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::panic::resume_unwind;
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long QEMU may take to read the state of its devices, in milliseconds.
@@ -22,31 +24,37 @@ const RESTORE_POLL: Duration = Duration::from_millis(3);
 /// The number that QEMU knows the state's file by.
 const STATE_SET: u32 = 1_000;
 
-/// Stands the guest still and writes its image.
+/// Stands the guest still and writes its image. The devices are written beside the memory: each waits for the disk,
+/// and QEMU changes no memory of a guest that stands still.
 pub fn save(monitor: &mut Monitor, pid: u32, place: &Place<'_>) -> Result<(Image, Written), VmmError> {
-    let Place { directory, generation, base, owner } = *place;
+    let Place { directory, generation, .. } = *place;
     monitor.call("stop", None, None, COMMAND_TIMEOUT_MS)?;
-    save_devices(monitor, &directory.join(name("state", generation)))?;
+    let state = directory.join(name("state", generation));
+    thread::scope(|scope| {
+        let memory = thread::Builder::new().spawn_scoped(scope, || save_memory(pid, place));
+        save_devices(monitor, &state)?;
+        match memory {
+            // A worker that panics is told of by whoever runs it.
+            Ok(memory) => memory.join().unwrap_or_else(|panic| resume_unwind(panic)),
+            // There can be no further thread.
+            Err(_) => save_memory(pid, place),
+        }
+    })
+}
+
+fn save_memory(pid: u32, place: &Place<'_>) -> Result<(Image, Written), VmmError> {
+    let Place { directory, generation, base, owner } = *place;
     let mapping = Mapping::find(pid)?;
-    let base_file = base.map(|base| (base, directory.join(name("memory", base))));
-    match base_file {
+    let image = |memory, delta| Image { memory, delta, state: generation, packed: false, vmm: Kind::Qemu };
+    match base.map(|base| (base, directory.join(name("memory", base)))) {
         // The base is this capsule's own, so that it may be brought up to date.
         Some((base, file)) if mapping.is_of(&file) => {
             let memory_bytes = mapping.write_delta(pid, &directory.join(name("delta", generation)))?;
-            let image = Image {
-                memory: base,
-                delta: Some(generation),
-                state: generation,
-                packed: false,
-                vmm: Kind::Qemu,
-            };
-            Ok((image, Written { memory_bytes, is_delta: true }))
+            Ok((image(base, Some(generation)), Written { memory_bytes, is_delta: true }))
         }
         _ => {
             let memory_bytes = mapping.write_all(pid, &directory.join(name("memory", generation)), owner)?;
-            let image =
-                Image { memory: generation, delta: None, state: generation, packed: false, vmm: Kind::Qemu };
-            Ok((image, Written { memory_bytes, is_delta: false }))
+            Ok((image(generation, None), Written { memory_bytes, is_delta: false }))
         }
     }
 }
