@@ -220,8 +220,8 @@ fn run_program() -> Result<(), Step> {
     let machine = owned(call(&kvm, KVM_CREATE_VM, 0, Step::CreateMachine)?);
     // Only Intel's needs it.
     let _ = call(&machine, KVM_SET_TSS_ADDR, TSS_ADDRESS, Step::CreateMachine);
-    // VMMs have it as well. And the first processor without one has KVM change its own code while machines run,
-    // with a word to every processor of the host; in one that is emulated this stopped a running machine for good.
+    // VMMs have it as well. And for the first processor without one KVM changes its own code while machines run,
+    // with a word to every processor of the host.
     call(&machine, KVM_CREATE_IRQCHIP, 0, Step::CreateMachine)?;
 
     let memory = map(-1, MEMORY_BYTES, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, Step::Memory)?;

@@ -79,7 +79,7 @@ fn bench(directory: &Path, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
         simulated::measure();
     }
     if is_wanted(FIRECRACKER) {
-        match test_host::firecracker() {
+        match vmm::firecracker() {
             None => println!(
                 "{FIRECRACKER:<24} SKIPPED: none on PATH, and WRENN_FIRECRACKER_BIN names none; its figures need one"
             ),

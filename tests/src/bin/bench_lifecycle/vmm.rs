@@ -57,6 +57,14 @@ pub fn builds() -> (PathBuf, PathBuf) {
     }
 }
 
+/// Firecracker and its jailer, where they are there.
+pub fn firecracker() -> Option<(PathBuf, PathBuf)> {
+    match std::env::var_os(test_host::INSIDE).map(PathBuf::from) {
+        Some(work) => Some((work.join("firecracker"), work.join("jailer"))),
+        None => test_host::firecracker(),
+    }
+}
+
 pub fn can_run_firecracker() -> bool {
     matches!(kvm::try_program(KVM_TIMEOUT_MS), Ok(Ok(()))) && Control::open().is_ok()
 }
