@@ -6,9 +6,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// The file system on which the program works: this, and what is put there for it.
-const WORK_BYTES: u64 = 2 << 30;
-
 /// An AMD processor, whose virtualization QEMU can translate, and no more than it can.
 const CPU: &str = "EPYC,+svm,-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-osvw,-topoext,-nrip-save,\
                    -xsavec";
@@ -28,6 +25,10 @@ pub struct Contents<'a> {
     pub files: Vec<(String, PathBuf)>,
     /// What the program is told, in place of what tests are, a line each; it runs only once then.
     pub arguments: &'a [&'a str],
+    /// Its memory, in MiB.
+    pub memory_mib: u32,
+    /// The file system on which the program works: this, in bytes, and what is put there for it.
+    pub work_bytes: u64,
     /// How long all of it may take.
     pub patience: Duration,
 }
@@ -63,7 +64,7 @@ pub fn run(contents: &Contents<'_>) -> Outcome {
     fs::create_dir(&scratch.0).expect("a directory");
     let [tree, work, results, console] =
         ["tree", "work", "results", "console"].map(|name| scratch.0.join(name));
-    let mut bytes = WORK_BYTES;
+    let mut bytes = contents.work_bytes;
     for (to, from) in &contents.files {
         let to = tree.join(to);
         fs::create_dir_all(to.parent().expect("in the tree")).expect("a directory");
@@ -81,7 +82,18 @@ pub fn run(contents: &Contents<'_>) -> Outcome {
     let began = Instant::now();
     let mut qemu = Command::new("qemu-system-x86_64")
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-        .args(["-M", "q35", "-accel", "tcg", "-cpu", CPU, "-smp", CPUS, "-m", "2560M"])
+        .args([
+            "-M",
+            "q35",
+            "-accel",
+            "tcg",
+            "-cpu",
+            CPU,
+            "-smp",
+            CPUS,
+            "-m",
+            &format!("{}M", contents.memory_mib),
+        ])
         .arg("-kernel")
         .arg(contents.host.join("vmlinuz"))
         .arg("-initrd")

@@ -11,6 +11,10 @@ use std::time::Duration;
 const PATIENCE: Duration = Duration::from_secs(1_000);
 const PATIENCE_WITH_FIRECRACKER: Duration = Duration::from_secs(3_600);
 
+/// What the cases need.
+const MEMORY_MIB: u32 = 2_560;
+const WORK_BYTES: u64 = 2 << 30;
+
 pub fn run() {
     let Some(host) = std::env::var_os("WRENN_TEST_HOST").map(PathBuf::from) else {
         eprintln!("SKIPPED: WRENN_TEST_HOST names no test host (`tests/testhost/build.sh`)");
@@ -34,7 +38,8 @@ pub fn run() {
     if let Some(only) = std::env::var_os("WRENN_TEST_HOST_ONLY") {
         files.push((ONLY.to_owned(), only.into()));
     }
-    let outcome = boot(&Contents { host: &host, files, arguments: &[], patience });
+    let (memory_mib, work_bytes) = (MEMORY_MIB, WORK_BYTES);
+    let outcome = boot(&Contents { host: &host, files, arguments: &[], memory_mib, work_bytes, patience });
     print!("{}", outcome.results);
     for half in Half::ALL {
         assert!(

@@ -15,6 +15,9 @@ use wrenn_tests::{Context, Failure, Result};
 const KVM_TIMEOUT_MS: i32 = 5_000;
 /// How long the test host may take for all figures.
 const PATIENCE: Duration = Duration::from_secs(3_600);
+/// What it needs for all clones, each of which counts as if it shared nothing.
+const MEMORY_MIB: u32 = 9_216;
+const WORK_BYTES: u64 = 8 << 30;
 
 pub enum Vmm {
     Qemu,
@@ -84,8 +87,14 @@ pub fn in_test_host((firecracker, jailer): (PathBuf, PathBuf)) -> Result<()> {
         return Err(Failure(format!("{}: run tests/testhost/build.sh first", host.display())));
     }
     println!("in the test host:");
-    let outcome =
-        test_host::run(&Contents { host: &host, files, arguments: &[FIRECRACKER], patience: PATIENCE });
+    let outcome = test_host::run(&Contents {
+        host: &host,
+        files,
+        arguments: &[FIRECRACKER],
+        memory_mib: MEMORY_MIB,
+        work_bytes: WORK_BYTES,
+        patience: PATIENCE,
+    });
     print!("{}", outcome.results);
     match outcome.is_good("alone") {
         true => Ok(()),
