@@ -3,6 +3,7 @@
 
 mod common;
 
+use common::commands::{count, shell_when_reached as shell, start_counter};
 use common::{Agent, Client, PATIENCE, Place, SmallStorage, creation, guest_directory};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
@@ -10,8 +11,7 @@ use std::time::{Duration, Instant};
 use wire::codec::Bytes;
 use wire::message::{
     CapsuleCreate, CapsuleGet, CapsuleInfo, CapsuleMetrics, CapsuleMetricsReply, CapsulePause, CapsuleResume,
-    CapsuleSnapshot, CapsuleState, Code, Done, Error, Forward, Message, ProcessStart, ProcessStarted,
-    SnapshotInfo,
+    CapsuleSnapshot, CapsuleState, Code, Done, Error, Message, SnapshotInfo,
 };
 use wrenn_agent::ending::Ending;
 
@@ -21,33 +21,6 @@ const PAGE_BYTES: usize = 4_096;
 fn state(cp: &mut Client, id: &str) -> CapsuleState {
     let info: CapsuleInfo = cp.ask(&CapsuleGet { capsule_id: id.into() }).expect("known");
     info.state
-}
-
-/// The standard output of a shell command that succeeds, once the guest daemon is reached.
-fn shell(cp: &mut Client, id: &str, command: &str) -> String {
-    let ran = cp.exec_when_reached(id, &["/bin/sh", "-c", command]);
-    let text = String::from_utf8_lossy(&ran.stdout).trim().to_string();
-    assert_eq!(ran.exit_code, 0, "{command}: {text} {}", String::from_utf8_lossy(&ran.stderr));
-    text
-}
-
-fn start_counter(cp: &mut Client, id: &str) {
-    let stream = cp.session.open(&Forward { capsule_id: id.into() }, false).expect("opened");
-    // In memory: a guest that writes to its disk on full storage stands still.
-    let script = "n=0; trap 'n=$((n+1)); echo $n >/dev/shm/told' USR1; echo $$ >/dev/shm/pid; \
-                  while :; do sleep 0.05; done";
-    let argv = ["/bin/sh", "-c", script].map(|argument| Bytes(argument.as_bytes().to_vec()));
-    let start = ProcessStart { argv: argv.to_vec(), detached: true, ..Default::default() };
-    cp.session.send_last(stream, &start).expect("sent");
-    assert_eq!(cp.answer(stream).0, ProcessStarted::KIND);
-    shell(cp, id, "while [ ! -s /dev/shm/pid ]; do sleep 0.05; done");
-}
-
-/// The number that the process has counted to by now, which only its memory knows.
-fn count(cp: &mut Client, id: &str) -> u32 {
-    let ask =
-        "cd /dev/shm; rm -f told; kill -USR1 $(cat pid); while [ ! -s told ]; do sleep 0.05; done; cat told";
-    shell(cp, id, ask).parse().expect("a number")
 }
 
 #[test]

@@ -10,9 +10,8 @@ mod sweep;
 use common::{Agent, Place, creation};
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
+use sweep::FLEETING;
 use wrenn_agent::net::{CapsuleNetwork, Policy, Slot, existing_slots};
-
-const FLEETING: &str = "cl-fleeting";
 
 #[test]
 fn a_crash_at_any_entry_of_making_and_destroying_loses_and_leaks_nothing() {

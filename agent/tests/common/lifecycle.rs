@@ -1,13 +1,12 @@
 //! Pausing, resuming and snapshots through the agent as a program, in real virtual machines, whichever VMM
 //! runs them. Needs WRENN_TEST_DIR, a directory with `kernels/` and `images/minimal/`.
 
+use crate::common::commands::{start_detached, text_of};
 use crate::common::{Agent, Client, Place, creation, guest_directory};
 use std::time::{Duration, Instant};
-use wire::codec::Bytes;
 use wire::message::{
     CapsuleCreate, CapsuleGet, CapsuleInfo, CapsulePause, CapsulePing, CapsuleResume, CapsuleSnapshot,
-    CapsuleState, Code, Done, Error, Forward, Message, ProcessStart, ProcessStarted, SnapshotDelete,
-    SnapshotInfo,
+    CapsuleState, Code, Done, Error, SnapshotDelete, SnapshotInfo,
 };
 
 fn pause(cp: &mut Client, id: &str) -> Result<CapsuleInfo, Error> {
@@ -24,19 +23,7 @@ fn get(cp: &mut Client, id: &str) -> CapsuleInfo {
 
 /// The standard output of a shell command that succeeds.
 fn shell(cp: &mut Client, id: &str, command: &str) -> String {
-    let ran = cp.exec(id, &["/bin/sh", "-c", command]).expect("ran");
-    let text = String::from_utf8_lossy(&ran.stdout).trim().to_string();
-    assert_eq!(ran.exit_code, 0, "{command}: {text} {}", String::from_utf8_lossy(&ran.stderr));
-    text
-}
-
-/// Starts a shell command that outlives its stream.
-fn start_detached(cp: &mut Client, id: &str, command: &str) {
-    let stream = cp.session.open(&Forward { capsule_id: id.into() }, false).expect("opened");
-    let argv = ["/bin/sh", "-c", command].map(|argument| Bytes(argument.as_bytes().to_vec()));
-    let start = ProcessStart { argv: argv.to_vec(), detached: true, ..Default::default() };
-    cp.session.send_last(stream, &start).expect("sent");
-    assert_eq!(cp.answer(stream).0, ProcessStarted::KIND);
+    text_of(command, &cp.exec(id, &["/bin/sh", "-c", command]).expect("ran"))
 }
 
 /// A process that counts in its memory alone, and tells when it is asked by a signal.

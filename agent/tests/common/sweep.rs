@@ -2,24 +2,23 @@
 //! it is created, started from a snapshot, paused, resumed, made a snapshot of and destroyed. The next agent
 //! has to find each capsule whole or gone, as the entry says, and nothing else on the host.
 
+use crate::common::commands::{count, shell_when_reached as shell, start_counter};
 use crate::common::{Agent, Client, Place, creation, guest_directory};
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::time::Instant;
-use wire::codec::Bytes;
 use wire::message::{
     CapsuleCreate, CapsuleDestroy, CapsuleGet, CapsuleInfo, CapsulePause, CapsuleResume, CapsuleSnapshot,
-    CapsuleState, Code, Done, Error, Forward, Message, ProcessStart, ProcessStarted, SnapshotDelete,
-    SnapshotInfo,
+    CapsuleState, Code, Done, Error, Message, SnapshotDelete, SnapshotInfo,
 };
 use wrenn_agent::sys::cgroup;
 use wrenn_agent::sys::dm::Control;
 
 /// The capsule that lives through it all, and the one that is made anew for each crash that ends it.
 const LASTING: &str = "cl-lasting";
-const FLEETING: &str = "cl-fleeting";
+pub const FLEETING: &str = "cl-fleeting";
 const SNAPSHOT: &str = "warm";
 
 /// What a crash leaves.
@@ -151,30 +150,6 @@ fn destroy(id: &str) -> CapsuleDestroy {
 
 fn snapshot(id: &str, name: &str) -> CapsuleSnapshot {
     CapsuleSnapshot { capsule_id: id.into(), name: name.into(), overwrite: true }
-}
-
-fn shell(cp: &mut Client, id: &str, command: &str) -> String {
-    let ran = cp.exec_when_reached(id, &["/bin/sh", "-c", command]);
-    let text = String::from_utf8_lossy(&ran.stdout).trim().to_string();
-    assert_eq!(ran.exit_code, 0, "{command}: {text} {}", String::from_utf8_lossy(&ran.stderr));
-    text
-}
-
-/// A process that counts in its memory alone, started before the snapshot, so that it is in every capsule.
-fn start_counter(cp: &mut Client, id: &str) {
-    let stream = cp.session.open(&Forward { capsule_id: id.into() }, false).expect("opened");
-    let script = "n=0; trap 'n=$((n+1)); echo $n >/tmp/told' USR1; echo $$ >/tmp/pid; \
-                  while :; do sleep 0.02; done";
-    let argv = ["/bin/sh", "-c", script].map(|argument| Bytes(argument.as_bytes().to_vec()));
-    let start = ProcessStart { argv: argv.to_vec(), detached: true, ..Default::default() };
-    cp.session.send_last(stream, &start).expect("sent");
-    assert_eq!(cp.answer(stream).0, ProcessStarted::KIND);
-    shell(cp, id, "while [ ! -s /tmp/pid ]; do sleep 0.02; done");
-}
-
-fn count(cp: &mut Client, id: &str) -> u32 {
-    let ask = "rm -f /tmp/told; kill -USR1 $(cat /tmp/pid); while [ ! -s /tmp/told ]; do sleep 0.02; done; cat /tmp/told";
-    shell(cp, id, ask).parse().expect("a number")
 }
 
 fn left(cp: &mut Client, id: &str) -> Left {
@@ -409,6 +384,7 @@ fn prepared(number: u32) -> Option<Sweep> {
     let agent = sweep.agent();
     let mut cp = agent.client();
     cp.create(LASTING).expect("created");
+    // Before the snapshot, so that it is in every capsule.
     start_counter(&mut cp, LASTING);
     let _: SnapshotInfo = cp.ask(&snapshot(LASTING, SNAPSHOT)).expect("made");
     let _: CapsuleInfo = cp.ask(&pause(LASTING)).expect("paused");
