@@ -91,6 +91,8 @@ fn record(slot: Slot) -> Record {
 
 #[test]
 fn a_paused_capsule_keeps_nothing_of_what_it_ran_from_before() {
+    // Recovery starts programs: beside the other test, whose children are counted, it would be taken for a leak.
+    let Some(machine) = Machine::take() else { return };
     let root: PathBuf = std::env::temp_dir().join(format!("wrenn-settled-{}", std::process::id()));
     let layout = Layout::new(&root);
     layout.prepare().expect("prepared");
@@ -116,6 +118,7 @@ fn a_paused_capsule_keeps_nothing_of_what_it_ran_from_before() {
         ["memory-1", "memory-5", "state-5", "state-4"].into_iter().filter(is_there).collect();
     assert_eq!(files, ["memory-5", "state-5"]);
     fs::remove_dir_all(&root).expect("removed");
+    machine.check();
 }
 
 #[test]
