@@ -4,9 +4,10 @@
 //! or not: it was answered as failed, so what is on record is sent again, as a later change.
 
 use super::network::{ABANDONED_SEC, CHANGE_TIMEOUT_MS, EVENT as NETWORK_EVENT};
+use super::snapshots::{DELETE_TIMEOUT_MS, DELETED as SNAPSHOT_DELETED};
 use crate::audit::{self, Actor, Event};
 use crate::db::networks::{self, Stored};
-use crate::db::{Sql, Stop, capsules, hosts, orphans};
+use crate::db::{Sql, Stop, capsules, hosts, orphans, snapshots};
 use crate::hosts::reconciler::{self, LIST_TIMEOUT_MS, Repair, Unwanted};
 use crate::http::context::Context;
 use crate::http::handler::{Flow, HostCall, Job, Response, Step};
@@ -14,6 +15,7 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use wire::message::{
     CapsuleDestroy, CapsuleInfo, CapsuleList, CapsuleState, Done, HostStatus, HostStatusReply,
+    SnapshotDelete, SnapshotInfo, SnapshotList,
 };
 
 /// How often a host's capsules are compared, in seconds.
@@ -26,6 +28,8 @@ const MAX_HOSTS_A_RUN: u32 = 100;
 const MAX_DESTROYED: usize = 100;
 /// The most capsules whose network is put right on a host in one go; the next comparison goes on.
 const MAX_NETWORKS: i64 = 20;
+/// The most snapshots that are deleted on a host in one go; the next comparison goes on.
+const MAX_DELETED: usize = 20;
 
 /// The recurring jobs. The lanes do the same: a host that does not answer holds up one of them.
 pub fn jobs() -> Vec<Job> {
@@ -116,9 +120,7 @@ impl Visit {
 
     /// Has the host do what is on record, for one capsule after the other.
     fn put_right(self, mut doubtful: Vec<(String, Stored)>) -> Flow {
-        let Some((id, Stored { network, revision })) = doubtful.pop() else {
-            return next_host(self.hosts_left);
-        };
+        let Some((id, Stored { network, revision })) = doubtful.pop() else { return self.snapshots() };
         let message = network.message(&id, revision);
         let call = HostCall::new(&self.id, &self.address, &message, CHANGE_TIMEOUT_MS).until::<Done>();
         call.then(move |result| {
@@ -141,6 +143,53 @@ impl Visit {
                 self.put_right(doubtful)
             })
         })
+    }
+
+    /// Compares the host's snapshots with those on record.
+    fn snapshots(self) -> Flow {
+        let call = HostCall::new(&self.id, &self.address, &SnapshotList {}, LIST_TIMEOUT_MS).until::<Done>();
+        call.then(move |result| match result.and_then(|reply| reply.all::<SnapshotInfo>()) {
+            Ok(reported) => Step::database(move |db| {
+                let mut doomed = db.transaction(|sql| {
+                    let on_record = snapshots::on_host(sql, &self.id)?;
+                    let unknown = reconciler::unknown_snapshots(&reported, &on_record);
+                    let watched = orphans::watch_snapshots(sql, &self.id, &unknown)?;
+                    Ok(reconciler::doomed_snapshots(&watched))
+                })?;
+                doomed.truncate(MAX_DELETED);
+                self.delete(doomed)
+            }),
+            Err(error) => {
+                log::info!("{} does not list its snapshots: {error}", self.id);
+                next_host(self.hosts_left)
+            }
+        })
+    }
+
+    /// Deletes one snapshot after the other.
+    fn delete(self, mut doomed: Vec<String>) -> Flow {
+        let Some(host_name) = doomed.pop() else { return next_host(self.hosts_left) };
+        log::warn!("snapshot {host_name} on {} is on no record and is deleted", self.id);
+        let message = SnapshotDelete { name: host_name.clone() };
+        HostCall::new(&self.id, &self.address, &message, DELETE_TIMEOUT_MS).until::<Done>().then(
+            move |result| match result.and_then(|reply| reply.message::<Done>()) {
+                Ok(_) => Step::database(move |db| {
+                    db.transaction(|sql| {
+                        let forgotten = snapshots::forget(sql, &self.id, &host_name)?;
+                        let (team_id, name) = forgotten.unzip();
+                        let details = json!({"host_id": self.id, "reason": Unwanted::Orphaned.name()});
+                        let name = name.as_deref().unwrap_or(&host_name);
+                        let event = Event::new(team_id.as_deref(), SNAPSHOT_DELETED, name);
+                        Ok(audit::write(sql, &Actor::System, &event.with(details))?)
+                    })?;
+                    self.delete(doomed)
+                }),
+                Err(error) => {
+                    log::warn!("snapshot {host_name} could not be deleted, and will be tried again: {error}");
+                    self.delete(doomed)
+                }
+            },
+        )
     }
 
     /// Destroys one capsule after the other.

@@ -29,7 +29,9 @@ const SNAPSHOT_TIMEOUT_MS: u64 = 120_000;
 const CLONE_TIMEOUT_MS: u64 = 27_000;
 const ANSWER_MS: u64 = 1_500;
 /// How long a host may take to delete a snapshot, in milliseconds.
-const DELETE_TIMEOUT_MS: u64 = 20_000;
+pub(super) const DELETE_TIMEOUT_MS: u64 = 20_000;
+/// What that is called in the audit log.
+pub(super) const DELETED: &str = "template.snapshot.delete";
 /// The most clones that one request makes.
 const MAX_CLONES: i32 = 20;
 
@@ -128,10 +130,7 @@ fn begin(
         let message = "the capsule's state has just changed; look at it again";
         return Err(Response::error(409, "invalid_state", message).into());
     }
-    // As random and as long as any id.
-    let id = Kind::Capsule.new_id();
-    let host_name = format!("snap-{}", id.strip_prefix("cl-").unwrap_or(&id));
-    Ok(Taking { principal, target, host_name, capsule, purpose })
+    Ok(Taking { principal, target, host_name: Kind::Snapshot.new_id(), capsule, purpose })
 }
 
 impl Taking {
@@ -236,7 +235,7 @@ fn delete_on_host(host_id: &str, address: &str, host_name: &str, answer: Respons
     let call = HostCall::new(host_id, address, &message, DELETE_TIMEOUT_MS).until::<Done>().detached().then(
         move |result| {
             if let Err(error) = result {
-                log::warn!("snapshot {name} stays on its host: {error}");
+                log::warn!("snapshot {name} is left for the reconciler: {error}");
             }
             Step::respond(Response::no_content())
         },
@@ -388,7 +387,7 @@ fn deleted(principal: Principal, snapshot: Snapshot) -> Flow {
         db.transaction(|sql| {
             if snapshots::remove(sql, &principal.team_id, &snapshot.host_name)? {
                 let team_id = Some(principal.team_id.as_str());
-                let event = Event::new(team_id, "template.snapshot.delete", &snapshot.name);
+                let event = Event::new(team_id, DELETED, &snapshot.name);
                 audit::write(sql, &principal.actor, &event)?;
             }
             Ok(())

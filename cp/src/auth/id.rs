@@ -26,6 +26,8 @@ pub enum Kind {
     RegistrationToken,
     /// `hrt-`
     RefreshToken,
+    /// `snap-`, by which its host knows a snapshot
+    Snapshot,
 }
 
 impl Kind {
@@ -40,6 +42,7 @@ impl Kind {
             Kind::AuditEntry => "log-",
             Kind::RegistrationToken => "htok-",
             Kind::RefreshToken => "hrt-",
+            Kind::Snapshot => "snap-",
         }
     }
 

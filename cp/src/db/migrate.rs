@@ -45,6 +45,7 @@ migrations! {
     8 "room of hosts" "0008_host_room.sql",
     9 "orphans" "0009_orphans.sql",
     10 "network changes" "0010_network_changes.sql",
+    11 "snapshot orphans" "0011_snapshot_orphans.sql",
 }
 
 /// Why the database was not migrated.

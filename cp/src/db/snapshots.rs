@@ -2,6 +2,7 @@
 
 use super::{DbError, Sql, Timestamp, column};
 use postgres::Row;
+use std::collections::HashSet;
 use wire::message::SnapshotInfo;
 
 /// The most snapshots that a list has.
@@ -115,4 +116,35 @@ pub fn remove(sql: &mut dyn Sql, team_id: &str, host_name: &str) -> Result<bool,
     let removed =
         sql.execute("delete from snapshots where team_id = $1 and host_name = $2", &[&team_id, &host_name])?;
     Ok(removed > 0)
+}
+
+/// What a host calls the snapshots that it should have: none of a team that was deleted.
+///
+/// # Errors
+/// What the database says.
+pub fn on_host(sql: &mut dyn Sql, host_id: &str) -> Result<HashSet<String>, DbError> {
+    sql.rows(
+        "select s.host_name from snapshots s join teams t on t.id = s.team_id
+         where s.host_id = $1 and t.deleted_at is null",
+        &[&host_id],
+    )?
+    .iter()
+    .map(|row| column(row, "host_name"))
+    .collect()
+}
+
+/// Forgets a snapshot that its host has deleted, and gives whose it was and its name there, if it was on record.
+///
+/// # Errors
+/// What the database says.
+pub fn forget(
+    sql: &mut dyn Sql,
+    host_id: &str,
+    host_name: &str,
+) -> Result<Option<(String, String)>, DbError> {
+    let row = sql.row(
+        "delete from snapshots where host_id = $1 and host_name = $2 returning team_id, name",
+        &[&host_id, &host_name],
+    )?;
+    row.map(|row| Ok((column(&row, "team_id")?, column(&row, "name")?))).transpose()
 }

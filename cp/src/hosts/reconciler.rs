@@ -10,8 +10,9 @@
 //! Only a host that answers is compared. What a silent host has is left as it is on record: its capsules
 //! run on without it, and it lists them when it is back.
 
+use crate::auth::id::Kind;
 use std::collections::{HashMap, HashSet};
-use wire::message::{CapsuleInfo, CapsuleState};
+use wire::message::{CapsuleInfo, CapsuleState, SnapshotInfo};
 
 /// How long a record must not have changed before its capsule's absence means something, in
 /// milliseconds. Longer than [`LIST_TIMEOUT_MS`], with room for a slow database.
@@ -26,6 +27,10 @@ pub const ABANDONED_MS: u64 = 60_000;
 /// milliseconds. A database that was put back from a backup knows nothing of what was made since; this is
 /// how long its operator has to notice.
 pub const ORPHAN_GRACE_MS: u64 = 600_000;
+
+/// The same of a snapshot, in milliseconds. Longer than the clones that are made of one that is on no record may
+/// take, all of one request.
+pub const SNAPSHOT_GRACE_MS: u64 = 1_800_000;
 
 /// The states of a capsule that was made and that its host has to know.
 pub const HELD: [CapsuleState; 6] = [
@@ -120,6 +125,21 @@ pub fn unknown(reported: &[CapsuleInfo], records: &[Record]) -> Vec<String> {
     let known: HashSet<&str> = records.iter().map(|record| record.id.as_str()).collect();
     let ids = reported.iter().map(|info| info.capsule_id.as_str()).filter(|id| !known.contains(id));
     ids.map(str::to_string).collect()
+}
+
+/// The snapshots that a host tells of and that are on no record: what was left when an answer or a control plane
+/// was lost, and what deleted teams have left. Only those whose names a control plane gave.
+pub fn unknown_snapshots(reported: &[SnapshotInfo], on_record: &HashSet<String>) -> Vec<String> {
+    let names = reported.iter().map(|info| &info.name);
+    names.filter(|name| Kind::Snapshot.accepts(name) && !on_record.contains(*name)).cloned().collect()
+}
+
+/// Those of them that are deleted now, given how long the host has told of each, in milliseconds.
+pub fn doomed_snapshots(orphans: &HashMap<String, u64>) -> Vec<String> {
+    let mut due: Vec<&String> =
+        orphans.iter().filter(|(_, age_ms)| **age_ms >= SNAPSHOT_GRACE_MS).map(|(name, _)| name).collect();
+    due.sort();
+    due.into_iter().cloned().collect()
 }
 
 /// Compares. At most one repair for a capsule, in the order of records, then of orphans. `orphans` says how
@@ -289,6 +309,17 @@ mod tests {
             }
             assert_eq!(decide(&record(OLD_MS), None), None, "{state:?}");
         }
+    }
+
+    #[test]
+    fn only_snapshots_that_control_planes_named_are_orphans_and_have_their_grace() {
+        let (kept, left) = (Kind::Snapshot.new_id(), Kind::Snapshot.new_id());
+        let named = |name: &str| SnapshotInfo { name: name.into(), ..SnapshotInfo::default() };
+        let reported = [&kept, &left, "golden", "snap-golden", "cl-0000000000000000000000009"].map(named);
+        assert_eq!(unknown_snapshots(&reported, &HashSet::from([kept])), [left.as_str()]);
+        let after = |age_ms| doomed_snapshots(&HashMap::from([(left.clone(), age_ms)]));
+        assert_eq!(after(SNAPSHOT_GRACE_MS - 1), Vec::<String>::new());
+        assert_eq!(after(SNAPSHOT_GRACE_MS), [left.as_str()]);
     }
 
     #[test]

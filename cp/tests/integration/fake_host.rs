@@ -7,6 +7,7 @@ use wire::message::{
     CapsuleMetricsReply, CapsuleNetwork, CapsulePause, CapsulePing, CapsuleResume, CapsuleSnapshot,
     CapsuleState, Code, Done, Error, Forward, HostStatus, HostStatusReply, Message, ProcessExited,
     ProcessList, ProcessListReply, ProcessSignal, ProcessStart, ProcessStarted, SnapshotDelete, SnapshotInfo,
+    SnapshotList,
 };
 use wrenn_cp::http::handler::{HostCall, HostError, Reply};
 
@@ -21,7 +22,7 @@ pub struct FakeHost {
     pub snapshots: BTreeSet<String>,
     /// What the next calls fail with, before they are carried out.
     pub failures: VecDeque<HostError>,
-    /// What the next create or change fails with, after it was carried out.
+    /// What the next create, change or snapshot fails with, after it was carried out.
     pub lost_answers: VecDeque<HostError>,
     /// What commands print and end with.
     pub stdout: Vec<u8>,
@@ -135,6 +136,9 @@ impl FakeHost {
                 assert!(call.is_detached, "a client's leaving must not stop it");
                 let info = self.capsules.get(&wanted.capsule_id).ok_or_else(|| not_found("such capsule"))?;
                 assert!(self.snapshots.insert(wanted.name.clone()), "a name of its own each");
+                if let Some(lost) = self.lost_answers.pop_front() {
+                    return Err(lost);
+                }
                 just(&SnapshotInfo {
                     name: wanted.name,
                     vcpus: info.vcpus,
@@ -143,6 +147,14 @@ impl FakeHost {
                     size_bytes: 1 << 20,
                     created_us: 1,
                 })
+            }
+            SnapshotList::KIND => {
+                let mut reply = Reply::default();
+                for name in &self.snapshots {
+                    push(&mut reply, &SnapshotInfo { name: name.clone(), ..SnapshotInfo::default() });
+                }
+                push(&mut reply, &Done {});
+                Ok(reply)
             }
             SnapshotDelete::KIND => {
                 let name = decode::<SnapshotDelete>(first).name;

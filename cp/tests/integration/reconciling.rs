@@ -26,6 +26,7 @@ fn age(stage: &Stage) {
         .batch_execute(
             "update capsules set last_updated = last_updated - interval '1 hour';
              update orphans set since = since - interval '1 hour';
+             update snapshot_orphans set since = since - interval '1 hour';
              update hosts set reconciled_at = null",
         )
         .expect("update");
@@ -89,6 +90,46 @@ fn an_orphan_is_destroyed_after_its_grace_and_audited() {
     let told = audited(&stage, &id);
     assert_eq!(told.len(), 1, "{told:?}");
     assert!(told[0].0 == "capsule.destroy" && told[0].1.contains("orphaned"), "{told:?}");
+}
+
+#[test]
+fn a_snapshot_that_nobody_can_use_is_deleted_after_its_grace() {
+    let (mut stage, bearer) = stage();
+    let auth = ("authorization", bearer.as_str());
+    let id = create(&mut stage, &bearer);
+    let take = |stage: &mut Stage, name: &str| {
+        let body = json!({"sandbox_id": id, "name": name}).to_string();
+        stage.request(Post, "/v1/snapshots", auth, &body).status
+    };
+    assert_eq!(take(&mut stage, "kept"), 201);
+    let kept = stage.hosts[0].snapshots.clone();
+    // Made, and its answer lost.
+    stage.hosts[0].lost_answers.push_back(HostError::TimedOut { after_ms: 1 });
+    assert_eq!(take(&mut stage, "lost"), 502);
+    assert_eq!(stage.hosts[0].snapshots.len(), 2);
+    // Put there by somebody else.
+    stage.hosts[0].snapshots.insert("golden".into());
+    stage.run_jobs();
+    assert_eq!(stage.hosts[0].snapshots.len(), 3, "its grace has begun");
+    age(&stage);
+    let lost = stage.hosts[0].snapshots.iter().find(|n| *n != "golden" && !kept.contains(*n)).cloned();
+    let lost = lost.expect("it is there");
+    stage.run_jobs();
+    assert_eq!(stage.hosts[0].snapshots, &kept | &["golden".to_string()].into());
+    let told = audited(&stage, &lost);
+    assert!(told.len() == 1 && told[0].0 == "template.snapshot.delete", "{told:?}");
+    // What is left of a deleted team.
+    let team = text(&json(&stage.request(Get, "/v1/teams", auth, ""))[0]["id"]);
+    assert_eq!(stage.request(Delete, &format!("/v1/teams/{team}"), auth, "").status, 204);
+    for _ in 0..2 {
+        age(&stage);
+        stage.run_jobs();
+    }
+    age(&stage);
+    stage.run_jobs();
+    assert_eq!(stage.hosts[0].snapshots, ["golden".to_string()].into());
+    let told = audited(&stage, "kept");
+    assert!(told.len() == 1 && told[0].1.contains("orphaned"), "{told:?}");
 }
 
 #[test]
