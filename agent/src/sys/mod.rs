@@ -13,7 +13,7 @@
 //! - [`loopdev`]: block devices whose content is a file
 //! - [`sparse`]: files with holes
 //! - [`direct`]: from memory to a disk, past the page cache
-//! - [`node`]: device files, named pipes and who is behind a socket
+//! - [`node`]: device files, named pipes, sockets that have names and who is behind one
 //! - [`passing`]: handing open files to other processes
 //! - [`poll`]: waiting for one descriptor
 //! - [`reflink`]: copies that share their blocks

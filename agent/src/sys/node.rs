@@ -1,9 +1,10 @@
-//! Special files: mknod(2); and who is at the other end of a Unix socket, unix(7).
+//! Special files: mknod(2); and Unix sockets, unix(7): connecting, and who is at the other end.
 
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 /// Makes a block device file for the device `number` that its owner alone may use.
@@ -40,6 +41,15 @@ pub fn peer_pid(stream: BorrowedFd<'_>) -> io::Result<u32> {
     u32::try_from(peer.pid).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
+/// Connects to a socket of the file system, without waiting, and gives a stream that does not wait either.
+///
+/// # Errors
+/// What the kernel says: `WouldBlock` where more connections wait for whoever listens than fit, connect(2), for
+/// which a blocking connect would wait without an end.
+pub fn connect(path: &Path) -> io::Result<UnixStream> {
+    mio::net::UnixStream::connect(path).map(UnixStream::from)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -53,8 +63,27 @@ mod tests {
         assert!(std::fs::metadata(&path)?.file_type().is_fifo());
         assert_eq!(make_fifo(&path).map_err(|e| e.kind()), Err(io::ErrorKind::AlreadyExists));
         std::fs::remove_file(&path)?;
-        let (one, _other) = std::os::unix::net::UnixStream::pair()?;
+        let (one, _other) = UnixStream::pair()?;
         assert_eq!(peer_pid(one.as_fd())?, std::process::id());
         Ok(())
+    }
+
+    #[test]
+    fn a_listener_that_accepts_nobody_holds_nobody_up() -> io::Result<()> {
+        let path = std::env::temp_dir().join(format!("wrenn-backlog-{}", std::process::id()));
+        let listener = std::os::unix::net::UnixListener::bind(&path)?;
+        // SAFETY: no pointers; a second listen only changes how many may wait.
+        crate::sys::check(unsafe { libc::listen(listener.as_raw_fd(), 0) })?;
+        let first = connect(&path)?;
+        assert_eq!(connect(&path).map_err(|e| e.kind()).err(), Some(io::ErrorKind::WouldBlock));
+        let (mut accepted, _) = listener.accept()?;
+        std::io::Write::write_all(&mut accepted, b"x")?;
+        let mut read = [0];
+        assert_eq!(std::io::Read::read(&mut &first, &mut read)?, 1);
+        assert_eq!(
+            std::io::Read::read(&mut &first, &mut read).unwrap_err().kind(),
+            io::ErrorKind::WouldBlock
+        );
+        std::fs::remove_file(&path)
     }
 }

@@ -141,12 +141,12 @@ impl Api {
     }
 
     fn connect(&self) -> io::Result<UnixStream> {
-        let stream = UnixStream::connect(format!("/proc/self/fd/{}/{SOCKET}", self.root.as_raw_fd()))?;
+        let path = format!("/proc/self/fd/{}/{SOCKET}", self.root.as_raw_fd());
+        let stream = node::connect(Path::new(&path))?;
         // The root is the VMM's own: it could put another's socket there.
         if node::peer_pid(stream.as_fd())? != self.pid {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, "another process listens there"));
         }
-        stream.set_nonblocking(true)?;
         Ok(stream)
     }
 }

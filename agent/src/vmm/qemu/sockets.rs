@@ -1,6 +1,7 @@
 //! The sockets by which the agent speaks to QEMU, in the capsule's directory.
 
 use super::Monitor;
+use crate::sys::node;
 use crate::vmm::console::Console;
 use crate::vmm::machine::{Control, system};
 use crate::vmm::{VmmError, firecracker};
@@ -63,7 +64,5 @@ fn listen(handle: &File, directory: &Path, name: &str) -> Result<UnixListener, V
 }
 
 fn connect_to(handle: &File, directory: &Path, name: &str) -> Result<UnixStream, VmmError> {
-    UnixStream::connect(short_path(handle, name))
-        .and_then(|stream| stream.set_nonblocking(true).map(|()| stream))
-        .map_err(system("connecting to", &directory.join(name)))
+    node::connect(&short_path(handle, name)).map_err(system("connecting to", &directory.join(name)))
 }
