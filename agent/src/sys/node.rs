@@ -80,10 +80,8 @@ mod tests {
         std::io::Write::write_all(&mut accepted, b"x")?;
         let mut read = [0];
         assert_eq!(std::io::Read::read(&mut &first, &mut read)?, 1);
-        assert_eq!(
-            std::io::Read::read(&mut &first, &mut read).unwrap_err().kind(),
-            io::ErrorKind::WouldBlock
-        );
+        let again = std::io::Read::read(&mut &first, &mut read);
+        assert_eq!(again.map_err(|e| e.kind()), Err(io::ErrorKind::WouldBlock));
         std::fs::remove_file(&path)
     }
 }
