@@ -49,10 +49,8 @@ pub fn register(request: Request, context: &Arc<Context>) -> Flow {
         return Err(invalid(&message));
     }
     let arch = fields.text("arch", 32)?.filter(|arch| !arch.is_empty());
-    let required =
-        |name: &'static str, value: Option<i32>| value.ok_or_else(|| invalid(&format!("{name} is missing")));
-    let cpu_cores = required("cpu_cores", fields.integer("cpu_cores", 1..=65_536)?)?;
-    let memory_mb = required("memory_mb", fields.integer("memory_mb", 1..=1 << 30)?)?;
+    let cpu_cores = fields.integer("cpu_cores", 1..=65_536)?;
+    let memory_mb = fields.integer("memory_mb", 1..=1 << 30)?;
     let disk_gb = fields.integer("disk_gb", 0..=1 << 30)?;
     let context = Arc::clone(context);
     Step::database(move |db| {

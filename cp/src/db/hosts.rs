@@ -157,9 +157,9 @@ pub struct Facts<'a> {
     /// CPU architecture.
     pub arch: Option<&'a str>,
     /// CPU cores.
-    pub cpu_cores: i32,
+    pub cpu_cores: Option<i32>,
     /// Memory in MiB.
-    pub memory_mb: i32,
+    pub memory_mb: Option<i32>,
     /// Disk in GiB.
     pub disk_gb: Option<i32>,
     /// Where its agent listens, `IP:PORT`.
@@ -264,7 +264,7 @@ macro_rules! candidates {
              from hosts h
              left join capsules c on c.host_id = h.id
                  and c.status not in ('stopped', 'error', 'missing', 'paused', 'hibernated')
-             where h.status = 'online' and ",
+             where h.status = 'online' and h.memory_mb is not null and h.cpu_cores is not null and ",
             $where,
             " group by h.id order by h.id"
         )

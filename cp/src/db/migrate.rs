@@ -46,6 +46,7 @@ migrations! {
     9 "orphans" "0009_orphans.sql",
     10 "network changes" "0010_network_changes.sql",
     11 "snapshot orphans" "0011_snapshot_orphans.sql",
+    12 "host facts" "0012_host_facts.sql",
 }
 
 /// Why the database was not migrated.

@@ -37,6 +37,22 @@ fn a_registration_token_is_good_once() {
 }
 
 #[test]
+fn a_host_that_does_not_tell_its_size_is_there_and_gets_no_capsules() {
+    let mut stage = Stage::new();
+    let bearer = stage.person(ADMIN);
+    let auth = ("authorization", bearer.as_str());
+    let made = json(&stage.request(Post, "/v1/hosts", auth, r#"{"type":"regular"}"#));
+    let body = json!({"token": made["registration_token"], "address": "10.0.0.1:50051"}).to_string();
+    let registered = json(&stage.request(Post, "/v1/hosts/register", ("x-test", ""), &body));
+    let host = &registered["host"];
+    assert_eq!((&host["status"], &host["memory_mb"]), (&json!("online"), &json!(null)));
+    let beat = format!("/v1/hosts/{}/heartbeat", text(&host["id"]));
+    let token = text(&registered["token"]);
+    assert_eq!(stage.request(Post, &beat, ("x-host-token", &token), "").status, 204);
+    assert_eq!(error(&stage.request(Post, "/v1/capsules", auth, "{}")).1, "host_unavailable");
+}
+
+#[test]
 fn a_token_that_is_an_hour_old_is_refused() {
     let mut stage = Stage::new();
     let bearer = stage.person(ADMIN);
