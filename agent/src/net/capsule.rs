@@ -117,15 +117,6 @@ impl CapsuleNetwork {
         self.policy_handle().apply(&mut held(&self.access), policy)
     }
 
-    /// Makes `tap0` again after its VMM has ended, as for a capsule that resumes, and guards it. Blocks for
-    /// milliseconds.
-    pub fn open_tap(&self, policy: &Policy) -> Result<Tap, NetError> {
-        let tap = self.namespace.run(|| Tap::create(&mut Links::open()?, self.slot))??;
-        // The device's own rules have gone with the old device.
-        self.set_policy(policy)?;
-        Ok(tap)
-    }
-
     /// Begins a connection to a TCP port of the guest. The socket is non-blocking and becomes writable
     /// when the connection stands or has failed.
     pub fn connect_guest(&self, port: u16) -> Result<mio::net::TcpStream, NetError> {
