@@ -30,25 +30,22 @@ pub fn copy_data(from: &File, to: &Path) -> io::Result<u64> {
         return buffered();
     }
     match OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(to) {
-        Ok(direct) => write_data(from, length, &direct),
+        Ok(direct) => write_data(from, &direct),
         // The file system knows no such thing.
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => buffered(),
         Err(e) => Err(e),
     }
 }
 
-fn write_data(from: &File, length: u64, to: &File) -> io::Result<u64> {
-    let bytes = Mapping::new(from, length)?;
+fn write_data(from: &File, to: &File) -> io::Result<u64> {
     reserve(from, to)?;
     let orders = Mutex::new(Orders { from, at: 0, end: 0 });
-    // While the pages of one order are looked up the disk is busy with another.
+    let next = || orders.lock().unwrap_or_else(PoisonError::into_inner).next();
+    // While the pages of one order are looked up, or let go, the disk is busy with another.
     let write = || {
         let mut total = 0;
-        while let Some((begin, end)) = orders.lock().unwrap_or_else(PoisonError::into_inner).next()? {
-            let mut at = begin;
-            while at < end {
-                at += bytes.write(at, end - at, to)?;
-            }
+        while let Some((begin, end)) = next()? {
+            Mapping::new(from, begin, end - begin)?.write(to)?;
             total += end - begin;
         }
         Ok(total)
@@ -100,55 +97,54 @@ impl Orders<'_> {
     }
 }
 
-/// A file in the address space, which nobody looks at but the kernel.
+/// A piece of a file in the address space, which nobody looks at but the kernel.
 struct Mapping {
     start: *mut libc::c_void,
     length: usize,
+    /// Where in the file it begins.
+    at: u64,
 }
 
-// SAFETY: the address is only handed to the kernel, which minds no threads.
-unsafe impl Sync for Mapping {}
-
 impl Mapping {
-    fn new(file: &File, length: u64) -> io::Result<Mapping> {
-        let length = usize::try_from(length).map_err(|_| io::ErrorKind::FileTooLarge)?;
+    /// Of `length` bytes from `at` on, which begins a page.
+    fn new(file: &File, at: u64, length: u64) -> io::Result<Mapping> {
+        let too_large = || io::Error::from(io::ErrorKind::FileTooLarge);
+        let length = usize::try_from(length).map_err(|_| too_large())?;
+        let offset = libc::off64_t::try_from(at).map_err(|_| too_large())?;
         // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
         let start = unsafe {
-            libc::mmap(ptr::null_mut(), length, libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd(), 0)
+            libc::mmap64(ptr::null_mut(), length, libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd(), offset)
         };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        Ok(Mapping { start, length })
+        Ok(Mapping { start, length, at })
     }
 
-    /// Writes `count` bytes from `at` on to the same place in a file. Returns how many of them were written,
-    /// one at least.
-    fn write(&self, at: u64, count: u64, to: &File) -> io::Result<u64> {
-        let position = libc::off64_t::try_from(at).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        let within = |v: u64| usize::try_from(v).ok().filter(|v| *v <= self.length);
-        let (Some(offset), Some(_), Ok(count)) = (within(at), within(at + count), usize::try_from(count))
-        else {
-            return Err(io::ErrorKind::InvalidInput.into());
-        };
-        loop {
-            // SAFETY: `offset` and `offset + count` are within the mapping. The kernel alone reads it, and
-            // fails with EFAULT where the file has become shorter.
-            let written = unsafe { libc::pwrite64(to.as_raw_fd(), self.start.add(offset), count, position) };
-            match u64::try_from(written) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+    /// Writes all of it to the same place in another file.
+    fn write(&self, to: &File) -> io::Result<()> {
+        let mut done = 0;
+        while done < self.length {
+            let position =
+                libc::off64_t::try_from(self.at + done as u64).map_err(|_| io::ErrorKind::FileTooLarge)?;
+            // SAFETY: what is written begins and ends within the mapping. The kernel alone reads it, and fails
+            // with EFAULT where the file has become shorter.
+            let written =
+                unsafe { libc::pwrite64(to.as_raw_fd(), self.start.add(done), self.length - done, position) };
+            match usize::try_from(written) {
+                Ok(written) if done + written == self.length => return Ok(()),
                 // The next one has to begin with a sector.
-                Ok(written) if written < ALIGNMENT && (written as usize) < count => {
-                    return Err(io::ErrorKind::WriteZero.into());
+                Ok(written) if written as u64 >= ALIGNMENT => {
+                    done += written - written % ALIGNMENT as usize;
                 }
-                Ok(written) if (written as usize) < count => return Ok(written / ALIGNMENT * ALIGNMENT),
-                Ok(written) => return Ok(written),
+                Ok(_) => return Err(io::ErrorKind::WriteZero.into()),
                 Err(_) => match io::Error::last_os_error() {
                     e if e.kind() == io::ErrorKind::Interrupted => {}
                     e => return Err(e),
                 },
             }
         }
+        Ok(())
     }
 }
 
