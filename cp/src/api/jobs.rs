@@ -4,7 +4,7 @@
 //! or not: it was answered as failed, so what is on record is sent again, as a later change.
 
 use super::network::{ABANDONED_SEC, CHANGE_TIMEOUT_MS, EVENT as NETWORK_EVENT};
-use super::snapshots::{DELETE_TIMEOUT_MS, DELETED as SNAPSHOT_DELETED};
+use super::snapshots::{DELETED as SNAPSHOT_DELETED, deletion};
 use crate::audit::{self, Actor, Event};
 use crate::db::networks::{self, Stored};
 use crate::db::{Sql, Stop, capsules, hosts, orphans, snapshots};
@@ -14,8 +14,8 @@ use crate::http::handler::{Flow, HostCall, Job, Response, Step};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use wire::message::{
-    CapsuleDestroy, CapsuleInfo, CapsuleList, CapsuleState, Done, HostStatus, HostStatusReply,
-    SnapshotDelete, SnapshotInfo, SnapshotList,
+    CapsuleDestroy, CapsuleInfo, CapsuleList, CapsuleState, Done, HostStatus, HostStatusReply, SnapshotInfo,
+    SnapshotList,
 };
 
 /// How often a host's capsules are compared, in seconds.
@@ -170,9 +170,8 @@ impl Visit {
     fn delete(self, mut doomed: Vec<String>) -> Flow {
         let Some(host_name) = doomed.pop() else { return next_host(self.hosts_left) };
         log::warn!("snapshot {host_name} on {} is on no record and is deleted", self.id);
-        let message = SnapshotDelete { name: host_name.clone() };
-        HostCall::new(&self.id, &self.address, &message, DELETE_TIMEOUT_MS).until::<Done>().then(
-            move |result| match result.and_then(|reply| reply.message::<Done>()) {
+        deletion(&self.id, &self.address, &host_name).then(move |result| {
+            match result.and_then(|reply| reply.message::<Done>()) {
                 Ok(_) => Step::database(move |db| {
                     db.transaction(|sql| {
                         let forgotten = snapshots::forget(sql, &self.id, &host_name)?;
@@ -188,8 +187,8 @@ impl Visit {
                     log::warn!("snapshot {host_name} could not be deleted, and will be tried again: {error}");
                     self.delete(doomed)
                 }
-            },
-        )
+            }
+        })
     }
 
     /// Destroys one capsule after the other.

@@ -29,7 +29,7 @@ const SNAPSHOT_TIMEOUT_MS: u64 = 120_000;
 const CLONE_TIMEOUT_MS: u64 = 27_000;
 const ANSWER_MS: u64 = 1_500;
 /// How long a host may take to delete a snapshot, in milliseconds.
-pub(super) const DELETE_TIMEOUT_MS: u64 = 20_000;
+const DELETE_TIMEOUT_MS: u64 = 20_000;
 /// What that is called in the audit log.
 pub(super) const DELETED: &str = "template.snapshot.delete";
 /// The most clones that one request makes.
@@ -228,18 +228,21 @@ fn delete_unseen(snapshot: &Snapshot, answer: Response) -> Step {
     delete_on_host(&snapshot.host_id, &address, &snapshot.host_name, answer)
 }
 
+/// Has a host delete a snapshot.
+pub(super) fn deletion(host_id: &str, address: &str, host_name: &str) -> HostCall {
+    let message = SnapshotDelete { name: host_name.to_string() };
+    HostCall::new(host_id, address, &message, DELETE_TIMEOUT_MS).until::<Done>()
+}
+
 /// Answers, and then deletes a snapshot that is on no record.
 fn delete_on_host(host_id: &str, address: &str, host_name: &str, answer: Response) -> Step {
     let name = host_name.to_string();
-    let message = SnapshotDelete { name: name.clone() };
-    let call = HostCall::new(host_id, address, &message, DELETE_TIMEOUT_MS).until::<Done>().detached().then(
-        move |result| {
-            if let Err(error) = result {
-                log::warn!("snapshot {name} is left for the reconciler: {error}");
-            }
-            Step::respond(Response::no_content())
-        },
-    );
+    let call = deletion(host_id, address, host_name).detached().then(move |result| {
+        if let Err(error) = result {
+            log::warn!("snapshot {name} is left for the reconciler: {error}");
+        }
+        Step::respond(Response::no_content())
+    });
     match call {
         Ok(call) => Step::RespondThen(answer, Box::new(call)),
         Err(_) => Step::Respond(answer),
@@ -370,24 +373,20 @@ pub fn delete(request: Request, context: &Arc<Context>) -> Flow {
             Ok((principal, snapshot.ok_or_else(missing)?))
         })?;
         let address = snapshot.host_address.clone().unwrap_or_default();
-        let message = SnapshotDelete { name: snapshot.host_name.clone() };
-        HostCall::new(&snapshot.host_id, &address, &message, DELETE_TIMEOUT_MS)
-            .until::<Done>()
-            .detached()
-            .then(move |result| match result {
-                Ok(_) => deleted(principal, snapshot),
-                Err(error) if error.remote_code() == Some(Code::NotFound) => deleted(principal, snapshot),
-                Err(error) => Err(error.into()),
-            })
+        deletion(&snapshot.host_id, &address, &snapshot.host_name).detached().then(move |result| match result
+        {
+            Ok(_) => deleted(principal, snapshot),
+            Err(error) if error.remote_code() == Some(Code::NotFound) => deleted(principal, snapshot),
+            Err(error) => Err(error.into()),
+        })
     })
 }
 
 fn deleted(principal: Principal, snapshot: Snapshot) -> Flow {
     Step::database(move |db| {
         db.transaction(|sql| {
-            if snapshots::remove(sql, &principal.team_id, &snapshot.host_name)? {
-                let team_id = Some(principal.team_id.as_str());
-                let event = Event::new(team_id, DELETED, &snapshot.name);
+            if let Some((team_id, name)) = snapshots::forget(sql, &snapshot.host_id, &snapshot.host_name)? {
+                let event = Event::new(Some(&team_id), DELETED, &name);
                 audit::write(sql, &principal.actor, &event)?;
             }
             Ok(())

@@ -108,16 +108,6 @@ pub fn put(
     Ok(changed > 0)
 }
 
-/// Forgets a snapshot. `false` when another has taken its name meanwhile, or it is gone.
-///
-/// # Errors
-/// What the database says.
-pub fn remove(sql: &mut dyn Sql, team_id: &str, host_name: &str) -> Result<bool, DbError> {
-    let removed =
-        sql.execute("delete from snapshots where team_id = $1 and host_name = $2", &[&team_id, &host_name])?;
-    Ok(removed > 0)
-}
-
 /// What a host calls the snapshots that it should have: none of a team that was deleted.
 ///
 /// # Errors
@@ -133,7 +123,8 @@ pub fn on_host(sql: &mut dyn Sql, host_id: &str) -> Result<HashSet<String>, DbEr
     .collect()
 }
 
-/// Forgets a snapshot that its host has deleted, and gives whose it was and its name there, if it was on record.
+/// Forgets a snapshot that its host has deleted, and gives whose it was and its name there. `None` when another has
+/// taken its name meanwhile, or it is gone.
 ///
 /// # Errors
 /// What the database says.

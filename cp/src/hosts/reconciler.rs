@@ -136,10 +136,8 @@ pub fn unknown_snapshots(reported: &[SnapshotInfo], on_record: &HashSet<String>)
 
 /// Those of them that are deleted now, given how long the host has told of each, in milliseconds.
 pub fn doomed_snapshots(orphans: &HashMap<String, u64>) -> Vec<String> {
-    let mut due: Vec<&String> =
-        orphans.iter().filter(|(_, age_ms)| **age_ms >= SNAPSHOT_GRACE_MS).map(|(name, _)| name).collect();
-    due.sort();
-    due.into_iter().cloned().collect()
+    let due = orphans.iter().filter(|(_, age_ms)| **age_ms >= SNAPSHOT_GRACE_MS);
+    due.map(|(name, _)| name.clone()).collect()
 }
 
 /// Compares. At most one repair for a capsule, in the order of records, then of orphans. `orphans` says how
